@@ -1,0 +1,214 @@
+"""Low-frequency operators: how an image is reduced to the easier part of its content."""
+
+import math
+from contextlib import nullcontext
+from functools import lru_cache
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+
+MODES = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
+
+
+def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Keep the central size x size block of each image's spectrum (EfficientTrain, ICCV 2023, Eq. 1 and App. C).
+
+    The result is the real part of the inverse DFT of the block, with amplitude (size / H)(size / W), so that the mean
+    and the range of smooth content stay. DFT, block and inverse are linear and act on each axis alone, so the whole is
+    two small matrix products (`_fourier_matrix`). An odd size keeps the frequencies -(size - 1) / 2 ... (size - 1) / 2;
+    an even one also keeps -size / 2 without its mirror, as the release does, and the imaginary part that this leaves
+    is dropped. Output pixel (0, 0) lies on input pixel (0, 0), whereas resizing aligns the corners of the pixels.
+
+    Args:
+        x: float images (..., H, W), any device. Half precisions are computed in float32, also under autocast. (TF32
+            products, where the caller allows them on CUDA, leave an error of about 1e-3.)
+        size: side of the output, 1 <= size <= min(H, W). If size == H == W, x itself is returned.
+    Returns:
+        (..., size, size) in x's dtype; differentiable.
+    Raises:
+        ValueError: x is not a float tensor of at least two dimensions, or the size is outside its range.
+    """
+    _check_images(x)
+    if not x.is_floating_point():
+        raise ValueError(f"low_frequency_crop takes float images, got {x.dtype}: convert and normalise them first")
+    height, width = x.shape[-2:]
+    size = _check_size(size, height, width)
+    if size == height == width:
+        return x
+    real = torch.promote_types(x.dtype, torch.float32)
+    rows, rows_nyquist = _fourier_matrix(height, size, real, x.device)
+    columns, columns_nyquist = _fourier_matrix(width, size, real, x.device)
+    with _without_autocast(x.device.type):
+        images = x.to(real)
+        out = rows @ images @ columns.T
+        if size % 2 == 0:
+            # Re(T_h X T_w') = Re T_h X Re T_w' - Im T_h X Im T_w', and Im T = s q' with s = (1, -1, 1, ...).
+            strength = images @ columns_nyquist @ rows_nyquist
+            out = torch.addcmul(out, strength[..., None, None], _checkerboard(size, real, x.device), value=-1)
+    return out.to(x.dtype)
+
+
+def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    """Reduce images to size x size by a named operator.
+
+    `fourier` is `low_frequency_crop`; `lanczos` (a = 3) is EfficientTrain++'s efficient down-sampling, on uint8 PIL's
+    to one level; `bicubic`, `bilinear` (all three antialiased) and `nearest` (no filter, pixel centres) are ablations.
+
+    Args:
+        x: images (..., C, H, W), float or uint8. uint8 results are rounded and clamped to 0 ... 255, which cuts off the
+            overshoot of `fourier`: float images keep it.
+        size: side of the output, 1 <= size <= min(H, W). If size == H == W, x itself is returned.
+        mode: one of `MODES`.
+    Returns:
+        (..., C, size, size) in x's dtype.
+    Raises:
+        ValueError: the mode is not known, x is neither float nor uint8, or the size is outside its range.
+    """
+    if mode not in MODES:
+        raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+    _check_images(x)
+    if not x.is_floating_point() and x.dtype != torch.uint8:
+        raise ValueError(f"downsample takes float or uint8 images, got {x.dtype}: convert them first")
+    height, width = x.shape[-2:]
+    size = _check_size(size, height, width)
+    if size == height == width:
+        return x
+    real = torch.promote_types(x.dtype, torch.float32)
+    uint8_on_cpu = x.dtype == torch.uint8 and x.device.type == "cpu"
+    if mode == "fourier":
+        out = low_frequency_crop(x.to(real), size)
+    elif mode == "nearest":
+        out = _interpolate(x, size, mode="nearest-exact")
+    elif mode == "lanczos" and not (uint8_on_cpu and _torch_has_lanczos()):
+        out = _lanczos(x, size)
+    else:
+        out = _interpolate(x if uint8_on_cpu else x.to(real), size, mode=mode, antialias=True)
+    if x.dtype == torch.uint8 and out.is_floating_point():
+        out = _to_levels(out)
+    return out.to(x.dtype)
+
+
+def low_pass(x: torch.Tensor, radius: float) -> torch.Tensor:
+    """Keep the disc of the shifted spectrum around zero frequency; the size is unchanged (ICCV 2023, Fig. 2).
+
+    Args:
+        x: float images (..., H, W).
+        radius: of the disc, in DFT steps (cycles per image side): kept are the frequencies (k, l) with
+            k^2 + l^2 <= radius^2. 0 keeps the mean alone; hypot(H, W) / 2 keeps everything.
+    Returns:
+        (..., H, W) in x's dtype; computed in float32 at least.
+    Raises:
+        ValueError: x is not a float tensor of at least two dimensions, or the radius is negative or not a number.
+    """
+    return _disc_filter(x, radius, keep_inside=True)
+
+
+def high_pass(x: torch.Tensor, radius: float) -> torch.Tensor:
+    """What `low_pass` removes: the frequencies with k^2 + l^2 > radius^2 (ICCV 2023, Table 1); low + high = x."""
+    return _disc_filter(x, radius, keep_inside=False)
+
+
+@lru_cache(maxsize=64)
+def _fourier_matrix(length: int, size: int, dtype: torch.dtype, device: torch.device):
+    """Re T (size, length) and q (length) of the crop along one axis of `length` pixels; q matters for even sizes only.
+
+    T[x, u] = 1/length sum_k exp(2 pi i k (x/size - u/length)) over the kept frequencies k. Those but -size/2 come in
+    pairs, whose imaginary parts cancel: Im T[x, u] = (-1)^x q[u] with q[u] = sin(pi size u / length) / length.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # else a crop under inference_mode would poison later training
+        pixel = torch.arange(length, dtype=torch.float64, device="cpu") / length
+        target = torch.arange(size, dtype=torch.float64, device="cpu") / size
+        frequency = torch.arange(-(size // 2), (size + 1) // 2, dtype=torch.float64, device="cpu")
+        phase = 2 * math.pi * (target[:, None] - pixel[None, :])
+        matrix = torch.cos(phase[:, :, None] * frequency).sum(dim=-1) / length
+        nyquist = torch.sin(math.pi * size * pixel) / length
+        return matrix.to(device, dtype), nyquist.to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _checkerboard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """s s' with s = (1, -1, 1, ...): the pattern of the highest frequency of an even size."""
+    with torch.inference_mode(False), torch.no_grad():
+        sign = 1 - 2 * (torch.arange(size, device="cpu") % 2)
+        return torch.outer(sign, sign).to(device, dtype)
+
+
+@lru_cache(maxsize=64)
+def _lanczos_matrix(length: int, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(size, length) weights of the Lanczos-3 filter stretched by length / size, pixel centres, rows summing to one."""
+    with torch.inference_mode(False), torch.no_grad():
+        pixel = torch.arange(length, dtype=torch.float64, device="cpu") + 0.5
+        target = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * (length / size)
+        distance = (pixel[None, :] - target[:, None]) / (length / size)
+        weight = torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
+        return (weight / weight.sum(dim=1, keepdim=True)).to(device, dtype)
+
+
+def _lanczos(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Lanczos as two matrix products, in float: any device, precision and torch version."""
+    real = torch.promote_types(x.dtype, torch.float32)
+    rows = _lanczos_matrix(x.shape[-2], size, real, x.device)
+    columns = _lanczos_matrix(x.shape[-1], size, real, x.device)
+    with _without_autocast(x.device.type):
+        out = x.to(real) @ columns.T
+        if x.dtype == torch.uint8:  # PIL holds 8 bits between the passes; without that it differs by tens of levels
+            out = _to_levels(out)
+        return rows @ out
+
+
+@lru_cache(maxsize=1)
+def _torch_has_lanczos() -> bool:
+    """Whether this torch resizes uint8 by Lanczos on the CPU (2.14 does), three times as fast there as `_lanczos`."""
+    try:
+        F.interpolate(torch.zeros(1, 1, 2, 2, dtype=torch.uint8, device="cpu"), (1, 1), mode="lanczos", antialias=True)
+    except (NotImplementedError, ValueError, RuntimeError):
+        return False
+    return True
+
+
+def _interpolate(x: torch.Tensor, size: int, **kwargs) -> torch.Tensor:
+    """`F.interpolate` for any number of leading dimensions."""
+    images = x.reshape(-1, *x.shape[-3:]) if x.dim() > 3 else x.reshape(1, -1, *x.shape[-2:])
+    out = F.interpolate(images, (size, size), **kwargs)
+    return out.reshape(*x.shape[:-2], size, size)
+
+
+def _disc_filter(x: torch.Tensor, radius: float, keep_inside: bool) -> torch.Tensor:
+    _check_images(x)
+    if not x.is_floating_point():
+        raise ValueError(f"the disc filters take float images, got {x.dtype}: convert them first")
+    if not radius >= 0:
+        raise ValueError(f"the radius of a disc filter must be 0 or more, got {radius}")
+    height, width = x.shape[-2:]
+    real = torch.promote_types(x.dtype, torch.float32)
+    rows = torch.fft.fftfreq(height, 1 / height, dtype=real, device=x.device)
+    columns = torch.fft.rfftfreq(width, 1 / width, dtype=real, device=x.device)
+    inside = rows[:, None] ** 2 + columns[None, :] ** 2 <= radius**2
+    spectrum = torch.fft.rfft2(x.to(real)) * (inside if keep_inside else ~inside)
+    return torch.fft.irfft2(spectrum, s=(height, width)).to(x.dtype)
+
+
+def _to_levels(x: torch.Tensor) -> torch.Tensor:
+    return x.round().clamp(0, 255)
+
+
+def _without_autocast(device_type: str):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
+def _check_images(x: torch.Tensor) -> None:
+    if not isinstance(x, torch.Tensor) or x.dim() < 2:
+        got = f"a tensor of shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        raise ValueError(f"expected images as a tensor (..., H, W), got {got}")
+
+
+def _check_size(size: int, height: int, width: int) -> int:
+    if not isinstance(size, Integral) or not 1 <= size <= min(height, width):
+        raise ValueError(
+            f"size {size!r} is not possible for images of {height}x{width}: "
+            f"choose a whole number from 1 to {min(height, width)} (these operators only reduce)"
+        )
+    return int(size)
