@@ -1,0 +1,200 @@
+"""What happens to one image in a loader worker: crop, flip, augmentation, reduction to the input size B."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from curriculum.augment import Operation, RandAugment
+from curriculum.operators import MODES, downsample
+from inputs.decode import decode
+
+INTERPOLATIONS = ("bicubic", "bilinear")
+PIPELINES = ("exact", "fast")
+# From here on evaluation squashes the whole image to a square, as ConvNeXt's and the papers' code does.
+SQUASH_FROM = 384
+
+
+class TrainTransform:
+    """Random resized crop at the base size, flip, colour jitter, RandAugment, then reduction to B.
+
+    The order is that of both papers' code. Under the operator ``fourier`` the result stays at the base size: the device
+    crops the spectrum (`inputs.finish.Finish`). Everything random comes from the seed of the sample: the same arguments
+    give the same pixels, and no global generator is read or changed.
+
+    Args:
+        base_size: the full input size, at which images are cropped and augmented.
+        operator: how images are reduced to B, one of `curriculum.operators.MODES`.
+        randaugment: None for none.
+        scale: range of the crop's area as a share of the image's. ratio: range of its width / height.
+        flip: probability of a horizontal flip.
+        color_jitter: brightness, contrast and saturation are scaled by factors from [1 - c, 1 + c], in random order.
+        interpolation: of the resized crop, ``bicubic`` or ``bilinear``; both antialiased, as PIL's.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(
+        self,
+        base_size: int,
+        operator: str,
+        randaugment: RandAugment | None,
+        scale: Sequence[float] = (0.08, 1.0),
+        ratio: Sequence[float] = (3 / 4, 4 / 3),
+        flip: float = 0.5,
+        color_jitter: float = 0.0,
+        interpolation: str = "bicubic",
+        pipeline: str = "exact",
+    ):
+        _check_choice("operator", operator, MODES)
+        _check_choice("interpolation", interpolation, INTERPOLATIONS)
+        _check_choice("--pipeline", pipeline, PIPELINES)
+        if not 0 < scale[0] <= scale[1] <= 1:
+            raise ValueError(f"--crop_scale is {tuple(scale)}: it needs 0 < smallest <= largest <= 1")
+        if not 0 < ratio[0] <= ratio[1]:
+            raise ValueError(f"ratio is {tuple(ratio)}: it needs 0 < smallest <= largest")
+        if not 0 <= flip <= 1:
+            raise ValueError(f"--hflip is {flip}: a probability lies in [0, 1]")
+        if not 0 <= color_jitter <= 1:
+            raise ValueError(f"color_jitter is {color_jitter}: it lies in [0, 1]")
+        self.base_size = base_size
+        self.operator = operator
+        self.randaugment = randaugment
+        self.scale = tuple(scale)
+        self.ratio = tuple(ratio)
+        self.flip = flip
+        self.color_jitter = color_jitter
+        self.interpolation = interpolation
+        self.pipeline = pipeline
+
+    def __call__(self, data: bytes | Image.Image, size: int, magnitude: float | None, seed: int) -> torch.Tensor:
+        """Returns uint8 (3, S, S), S = ``size``, or the base size under ``fourier``.
+
+        Args:
+            data: content of an image file, or a PIL image.
+            size: input size B, at most the base size.
+            magnitude: RandAugment's, 0-10; None for no RandAugment.
+            seed: of the sample.
+        Raises:
+            ValueError: the content cannot be decoded, or the size is above the base size.
+        """
+        if not 0 < size <= self.base_size:
+            raise ValueError(f"size is {size}: a training image is at most at the base size, {self.base_size}")
+        rng = random.Random(seed)
+        pixels = to_pixels(data)
+        top, left, height, width = crop_box(*pixels.shape[:2], self.scale, self.ratio, rng)
+        flip = rng.random() < self.flip
+        operations = self.draw_operations(magnitude, rng)
+        image = to_tensor(pixels[top : top + height, left : left + width])
+        image = resize(image, self.base_size, self.base_size, self.interpolation)
+        if flip:
+            image = image.flip(-1)
+        if operations:
+            augmented = (self.randaugment or RandAugment()).apply(to_pil(image), operations)
+            image = to_tensor(np.array(augmented))
+        return image if self.operator == "fourier" else downsample(image, size, self.operator)
+
+    def draw_operations(self, magnitude: float | None, rng: random.Random) -> list[Operation]:
+        """The colour and geometry operations of one image: jitter, then RandAugment."""
+        operations = []
+        if self.color_jitter:
+            span = (1 - self.color_jitter, 1 + self.color_jitter)
+            operations = [(name, (rng.uniform(*span),)) for name in ("Brightness", "Contrast", "Color")]
+            rng.shuffle(operations)
+        if self.randaugment is not None and magnitude is not None:
+            operations += self.randaugment.draw(magnitude, rng)
+        return operations
+
+
+class EvalTransform:
+    """The centre of an image at the base size, reduced to B by the training operator.
+
+    The short side becomes base / crop_pct (bicubic) and the centre base x base is cut out; from a base size of 384 the
+    whole image is squashed to that instead. Under ``fourier`` the result stays there: the device crops the spectrum.
+
+    Raises:
+        ValueError: an argument outside its range.
+    """
+
+    def __init__(self, base_size: int, size: int, operator: str, crop_pct: float = 0.875):
+        _check_choice("operator", operator, MODES)
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"--crop_pct is {crop_pct}: it lies in (0, 1]")
+        if not 0 < size <= base_size:
+            raise ValueError(f"size is {size}: images are reduced from the base size, {base_size}")
+        self.base_size = base_size
+        self.size = size
+        self.operator = operator
+        self.crop_pct = crop_pct
+
+    def __call__(self, data: bytes | Image.Image) -> torch.Tensor:
+        """Returns uint8 (3, S, S), S = ``size``, or the base size under ``fourier``.
+
+        Raises:
+            ValueError: the content cannot be decoded.
+        """
+        image = to_tensor(to_pixels(data))
+        base = self.base_size
+        if base >= SQUASH_FROM:
+            image = resize(image, base, base, "bicubic")
+        else:
+            height, width = image.shape[-2:]
+            short = round(base / self.crop_pct)
+            # The long side is truncated, as torchvision's Resize does.
+            long = int(short * max(height, width) / min(height, width))
+            height, width = (short, long) if height <= width else (long, short)
+            image = resize(image, height, width, "bicubic")
+            top, left = round((height - base) / 2), round((width - base) / 2)
+            image = image[:, top : top + base, left : left + base]
+        return image if self.operator == "fourier" else downsample(image, self.size, self.operator)
+
+
+def crop_box(
+    height: int, width: int, scale: Sequence[float], ratio: Sequence[float], rng: random.Random
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) of a random crop: the distribution of torchvision's RandomResizedCrop.get_params."""
+    log_ratio = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        area = height * width * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(*log_ratio))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return rng.randint(0, height - h), rng.randint(0, width - w), h, w
+    # Ten misses (very long pictures): the largest centred crop whose ratio is allowed.
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def resize(image: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
+    """uint8 (3, H, W) -> (3, height, width), antialiased, up or down; within a level of PIL's resize."""
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image[None], (height, width), mode=interpolation, antialias=True, align_corners=False)[0]
+
+
+def to_pixels(data: bytes | Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3) of a file's content or a PIL image of any mode."""
+    if isinstance(data, Image.Image):
+        return np.array(data.convert("RGB"))
+    return decode(data)
+
+
+def to_tensor(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) -> (3, H, W) on the same memory, which torch's uint8 resize reads fastest in just this layout."""
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
+def to_pil(image: torch.Tensor) -> Image.Image:
+    """uint8 (3, H, W) -> PIL RGB image."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+
+
+def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise ValueError(f"{setting} is {value!r}: choose one of {', '.join(choices)}")
