@@ -2,11 +2,28 @@
 
 from curriculum.augment import RandAugment
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
+from curriculum.plan import Epoch, Plan, Stage, build_plan, parse_duration
+from curriculum.presets import PRESETS, Curriculum
+from curriculum.resize import check_input_sizes, set_input_size
+from curriculum.sampler import CurriculumSampler
+from curriculum.summary import summarize, table
 
 __all__ = [
+    "PRESETS",
+    "Curriculum",
+    "CurriculumSampler",
+    "Epoch",
+    "Plan",
     "RandAugment",
+    "Stage",
+    "build_plan",
+    "check_input_sizes",
     "downsample",
     "high_pass",
     "low_frequency_crop",
     "low_pass",
+    "parse_duration",
+    "set_input_size",
+    "summarize",
+    "table",
 ]

@@ -1,0 +1,288 @@
+"""Every setting, once: its type, its default and a line of help. Flags and recipe keys are made from this file."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+DESCRIPTION = """\
+Trains vision backbones with the EfficientTrain curricula: early training sees low-frequency, weakly augmented images.
+
+  python main.py --recipe recipes/demo.yaml --plan table          what a run would do, before it costs anything
+  python main.py --recipe recipes/demo.yaml --data_path DIR --output_dir OUT            train (or go on training)
+  torchrun --nproc_per_node 8 main.py --recipe ...                 the same on eight devices
+  python main.py --recipe ... --eval true --resume OUT/checkpoint-best.pth              evaluate
+"""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """run"""
+
+    output_dir: str | None = None
+    """Folder for checkpoints, logs and the resolved configuration; required for training."""
+    resume: str | None = None
+    """Checkpoint to go on from (or to evaluate). Overrides --auto_resume."""
+    auto_resume: bool = True
+    """Go on from the newest good checkpoint in --output_dir, if there is one."""
+    eval: bool = False
+    """Evaluate the model of --resume (or --finetune) and exit."""
+    eval_size: int | None = None
+    """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
+    plan: Literal["none", "table", "json"] = "none"
+    """Print what the run would do and exit; needs no data if --num_images is given."""
+    device: str = "auto"
+    """cuda, cpu or mps; auto takes the best that is there."""
+    seed: int = 0
+    """Seed of initial weights, shuffling, augmentation, mixing and drop path."""
+    deterministic: bool = False
+    """Bit-identical results on CUDA too, where a stopped run goes on exactly; slower there."""
+    log_interval: str = "50 steps"
+    """Duration between progress lines (the loss is read from the device only then)."""
+    eval_interval: str = "5%"
+    """Duration between evaluations (at the end of the epoch in which it elapses); there is always one at the end."""
+    save_interval: str = "5%"
+    """Duration between checkpoints, at the very step; there is always one at the end."""
+    keep_checkpoints: int = 1
+    """Newest checkpoint-<step>.pth files kept, beside checkpoint-last.pth and checkpoint-best.pth."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """data"""
+
+    data_set: Literal["folder", "cifar10", "cifar100"] = "folder"
+    """folder: train/ and val/ with one folder per class; cifar10, cifar100: torchvision's."""
+    data_path: str | None = None
+    """Where the data set lies."""
+    num_images: int | None = None
+    """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
+    num_classes: int | None = None
+    """Number of classes; default: what the data set has (1000 for a plan without data)."""
+    num_workers: int = 8
+    """Loader processes of each training process; 0 loads in the training process itself."""
+    crop_pct: float = 0.875
+    """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: range of the random resized crop's area, as a share of the image's."""
+    pipeline: Literal["exact", "fast"] = "exact"
+    """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """model"""
+
+    model: str = "convnext_tiny"
+    """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
+    input_size: int = 224
+    """The full ("base") input size, pixels a side."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block (0 at the first, rising linearly)."""
+    model_args: dict[str, Any] | None = None
+    """More keyword arguments of the model's constructor, e.g. {ls_init_value: 1e-6}."""
+    finetune: str | None = None
+    """Weights to start from: a file (ours or anyone's), a URL or a hub name."""
+    head_init_scale: float = 1.0
+    """Factor on the head's initial weights when fine-tuning gives the model a new head (ConvNeXt: 0.001)."""
+    model_ema: bool = False
+    """Keep an exponential moving average of the weights and evaluate it too."""
+    model_ema_decay: float = 0.9999
+    """Its decay per optimizer step."""
+    channels_last: bool = False
+    """channels_last memory format: faster convolutions on CUDA and, in bf16, on CPU."""
+    compile: bool = False
+    """torch.compile the model, once per input size."""
+
+
+@dataclass(kw_only=True)
+class CurriculumConfig:
+    """curriculum"""
+
+    curriculum: str | dict[str, Any] = "efficienttrain++"
+    """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
+    a YAML file, or in a recipe a mapping of the same form."""
+    epochs: float = 200
+    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
+    warmup_epochs: float | str = "5%"
+    """Duration of the linear warm-up: 3.7 (epochs of the plan's clock), 20 passes, 20% or 500 steps."""
+    magnitude: Literal["linear", "steps", "constant", "none"] | None = None
+    """RandAugment magnitude; default: the curriculum's (linear; constant for none). none switches RandAugment off."""
+    max_magnitude: float = 9.0
+    """The magnitude at the end, 0 to 10."""
+    operator: Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None = None
+    """How images are reduced to B; default: the curriculum's (efficienttrain fourier, efficienttrain++ lanczos)."""
+    baseline_epochs: float = 300
+    """Ordinary epochs that printed speed-ups compare with."""
+    early_large_batch: bool = False
+    """Larger batches at small sizes, (base/B)^2 rounded to a power of two times --batch_size (ET++ Section 5.3)."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """How the learning rate follows a batch enlarged by --early_large_batch."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """optimization"""
+
+    batch_size: int = 4096
+    """Images per optimizer step, over all devices; what is learnt depends on it, so it is the recipe's."""
+    micro_batch: int | None = None
+    """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
+    Default: a device's whole share."""
+    opt: str = "adamw"
+    """Optimizer, by timm's names: adamw, lamb, sgd, ..."""
+    lr: float = 4e-3
+    """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms and what the model names have none."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of a cosine; default: constant."""
+    opt_eps: float | None = None
+    """Optimizer's epsilon; default: the optimizer's own."""
+    opt_betas: tuple[float, float] | None = None
+    """Adam's or LAMB's betas; default: (0.9, 0.999)."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    layer_decay: float = 1.0
+    """Learning rate factor per layer, counted from the head (fine-tuning); 1 is off."""
+    clip_grad: float | None = None
+    """Clip the gradient's global norm, with and without --amp."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision; fp16 comes with a gradient scaler."""
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """regularization (after RandAugment)"""
+
+    mixup: float = 0.8
+    """Mixup's alpha; 0 is off."""
+    cutmix: float = 1.0
+    """CutMix's alpha; 0 is off."""
+    mixup_prob: float = 1.0
+    """Probability that a group of images is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix when both are on."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
+
+
+@dataclass(kw_only=True)
+class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
+    """All settings of a run (a dataclass lists the fields of its last base first)."""
+
+
+class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """jsonargparse's help, with the description's line breaks kept."""
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> settings: defaults, then ``--recipe``, then flags. Wrong usage exits with code 2 and one line."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog="main.py",
+        usage="main.py [--recipe FILE] [--setting value ...]",
+        description=DESCRIPTION,
+        formatter_class=_Help,
+        exit_on_error=False,
+    )
+    parser.add_argument("--recipe", type=str | None, help="YAML file of settings; flags override it")
+    for group in GROUPS:
+        parser.add_class_arguments(group, as_group=True)
+    recipe = _value_of("--recipe", argv)
+    try:
+        settings = load_recipe(recipe) if recipe else {}
+        _refuse_unknown(settings, f"recipe {recipe}")
+        _refuse_unknown(_flags(argv), "command line")
+        try:
+            known = parser.parse_object(settings)
+        except ArgumentError as error:
+            raise ValueError(f"recipe {recipe}: {_short(error)}") from None
+        values = vars(parser.parse_args(argv, namespace=known))
+    except (ArgumentError, ValueError, OSError) as error:
+        sys.exit(usage_error(_short(error)))
+    values.pop("recipe")
+    return Config(**values)
+
+
+def usage_error(message: str) -> int:
+    """Prints one line on standard error and returns the exit code of wrong usage."""
+    print(f"error: {message}", file=sys.stderr)
+    return 2
+
+
+def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Reads a recipe; ``extends: OTHER.yaml`` (a path from its own folder) is read first and overridden key by key."""
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {path} is not a text file") from None
+    except OSError as error:
+        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"recipe {path} must be a mapping of settings to values")
+    parent = content.pop("extends", None)
+    if parent is None:
+        return content
+    if path in children:
+        raise ValueError(f"recipe {path} extends itself")
+    return {**load_recipe(str(Path(path).parent / str(parent)), (*children, path)), **content}
+
+
+def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
+    """A curriculum's name or mapping as it is; the path of a YAML file becomes the file's mapping."""
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")):
+        return load_recipe(value)
+    return value
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration, readable as a recipe again."""
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
+    return yaml.safe_dump(plain, sort_keys=False)
+
+
+def _refuse_unknown(settings: dict[str, Any] | list[str], where: str) -> None:
+    names = Config.__dataclass_fields__
+    for key in settings:
+        if key not in names and key not in ("recipe", "help"):
+            near = difflib.get_close_matches(str(key), names, 3, 0.5)
+            raise ValueError(
+                f"{where}: unknown setting {key!r}"
+                + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists all")
+            )
+
+
+def _flags(argv: list[str]) -> list[str]:
+    return [arg[2:].split("=")[0] for arg in argv if arg.startswith("--")]
+
+
+def _value_of(flag: str, argv: list[str]) -> str | None:
+    for place, arg in enumerate(argv):
+        if arg == flag and place + 1 < len(argv):
+            return argv[place + 1]
+        if arg.startswith(flag + "="):
+            return arg.split("=", 1)[1]
+    return None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split()).replace('Parser key "', 'setting "')

@@ -1,0 +1,356 @@
+"""The plan: a pure function turns a few settings into every optimizer step of the run; everything else reads it."""
+
+from __future__ import annotations
+
+import bisect
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from curriculum.presets import Curriculum, resolve
+
+UNITS = ("epochs", "passes", "%", "steps")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the training set, or the last, shortened pass of a stage.
+
+    Attributes:
+        index: its place in the plan, from 0.
+        stage: the curriculum stage it belongs to, from 0.
+        input_size: B, pixels a side.
+        magnitude: RandAugment magnitude (0 to 10), None for no RandAugment.
+        batch_size: images per optimizer step, over all devices.
+        steps: optimizer steps in it.
+        start, stop: the stretch of training progress it covers, shares of the plan's clock in [0, 1].
+        first_step: optimizer steps of the run before it.
+    """
+
+    index: int
+    stage: int
+    input_size: int
+    magnitude: float | None
+    batch_size: int
+    steps: int
+    start: float
+    stop: float
+    first_step: int
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The epochs that share an input size. ``first_step`` counts optimizer steps, ``start``/``stop`` are progress."""
+
+    input_size: int
+    batch_size: int
+    steps: int
+    steps_per_pass: int
+    first_step: int
+    start: float
+    stop: float
+
+    @property
+    def passes(self) -> float:
+        """Passes over the training set; the last is usually shortened."""
+        return self.steps / self.steps_per_pass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Epoch` records in order."""
+
+    curriculum: Curriculum
+    epochs: float
+    num_images: int
+    batch_size: int
+    lr: float
+    min_lr: float
+    weight_decay: float
+    weight_decay_end: float
+    warmup: str | float
+    max_magnitude: float
+    lr_rule: str
+    stages: tuple[Stage, ...]
+    records: tuple[Epoch, ...]
+
+    def __iter__(self) -> Iterator[Epoch]:
+        return iter(self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    @property
+    def base_size(self) -> int:
+        return self.curriculum.base_size
+
+    @property
+    def operator(self) -> str:
+        return self.curriculum.operator
+
+    @cached_property
+    def total_steps(self) -> int:
+        return self.stages[-1].first_step + self.stages[-1].steps
+
+    @cached_property
+    def _first_steps(self) -> list[int]:
+        return [record.first_step for record in self.records]
+
+    def locate(self, step: int) -> tuple[Epoch, int]:
+        """The epoch record that optimizer step ``step`` (from 0) belongs to, and its place inside the record."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} is outside the plan's {self.total_steps} steps")
+        record = self.records[bisect.bisect_right(self._first_steps, step) - 1]
+        return record, step - record.first_step
+
+    def progress(self, step: float) -> float:
+        """Share of the plan's clock spent before optimizer step ``step``; 1 at the end."""
+        for stage in self.stages:
+            if step < stage.first_step + stage.steps:
+                return stage.start + (stage.stop - stage.start) * (step - stage.first_step) / stage.steps
+        return 1.0
+
+    def equivalent_epochs(self, step: int) -> float:
+        """Compute spent before optimizer step ``step``, in epochs at the base size (by pixels)."""
+        images = 0.0
+        for stage in self.stages:
+            done = min(max(step - stage.first_step, 0), stage.steps)
+            images += done * stage.batch_size * (stage.input_size / self.base_size) ** 2
+        return images / (self.num_images // self.batch_size * self.batch_size)
+
+    # -- schedules: continuous functions of progress -------------------------------------------------------------
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of optimizer step ``step``: linear warm-up from 0, then a cosine to ``min_lr``.
+
+        With a larger batch at a small size (``early_large_batch``) it is scaled by the square root of the batch's
+        ratio, or by the ratio itself, as ``lr_rule`` says.
+        """
+        progress, warm = self.progress(step), self.warmup_progress
+        if progress < warm:
+            lr = self.lr * progress / warm
+        else:
+            lr = self.min_lr + _cosine((progress - warm) / (1 - warm)) * (self.lr - self.min_lr)
+        ratio = self.locate(step)[0].batch_size / self.batch_size
+        return lr * (math.sqrt(ratio) if self.lr_rule == "sqrt" else ratio)
+
+    def weight_decay_at(self, step: int) -> float:
+        """Weight decay of optimizer step ``step``: a cosine from ``weight_decay`` to ``weight_decay_end``."""
+        end = self.weight_decay_end
+        return end + _cosine(self.progress(step)) * (self.weight_decay - end)
+
+    @cached_property
+    def warmup_progress(self) -> float:
+        """The share of the clock that warm-up takes."""
+        value, unit = parse_duration(self.warmup)
+        if unit == "epochs":
+            return value / self.epochs
+        if unit == "%":
+            return value / 100
+        if unit == "passes":  # -> steps
+            steps = 0.0
+            for stage in self.stages:
+                part = min(value, stage.passes)
+                steps, value = steps + part * stage.steps_per_pass, value - part
+            return self.progress(steps) if value <= 0 else math.inf
+        return self.progress(value)
+
+    # -- durations -----------------------------------------------------------------------------------------------
+
+    def measure(self, step: int, unit: str) -> float:
+        """How many ``epochs`` (of the plan's clock), ``passes``, ``%`` or ``steps`` lie before step ``step``."""
+        if unit == "steps":
+            return float(step)
+        if unit == "passes":
+            return sum(
+                min(max(step - stage.first_step, 0), stage.steps) / stage.steps_per_pass for stage in self.stages
+            )
+        return self.progress(step) * (self.epochs if unit == "epochs" else 100)
+
+    def due(self, duration: str | float, step: int, since: int | None = None) -> bool:
+        """Whether, with ``step`` steps done, a multiple of ``duration`` was completed after ``since`` (step - 1)."""
+        value, unit = parse_duration(duration)
+        if value == 0:
+            return False
+        # A multiple that rounding leaves a hair short still counts.
+        before, after = (
+            math.floor(self.measure(s, unit) / value + 1e-9) for s in (step - 1 if since is None else since, step)
+        )
+        return after > before
+
+
+def _cosine(x: float) -> float:
+    """1 at x = 0, 0 at x = 1."""
+    return 0.5 * (1 + math.cos(math.pi * min(max(x, 0.0), 1.0)))
+
+
+def parse_duration(text: str | float) -> tuple[float, str]:
+    """``3.7`` (epochs of the plan's clock), ``20 passes``, ``20%`` or ``500 steps`` -> (value, unit).
+
+    Raises:
+        ValueError: not one of these forms.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(epochs?|pass|passes|%|steps?)?\s*", str(text))
+    try:
+        value = float(match[1])
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"duration {text!r} is not understood; write 3.7 (epochs), 20 passes, 20% or 500 steps"
+        ) from None
+    unit = {"": "epochs", "epoch": "epochs", "pass": "passes", "step": "steps"}.get(match[2] or "", match[2])
+    return value, unit
+
+
+def build_plan(
+    curriculum: str | dict | Curriculum = "efficienttrain++",
+    *,
+    epochs: float,
+    num_images: int,
+    batch_size: int,
+    base_size: int = 224,
+    size_multiple: int = 16,
+    lr: float = 4e-3,
+    min_lr: float = 1e-6,
+    warmup: str | float = "5%",
+    weight_decay: float = 0.05,
+    weight_decay_end: float | None = None,
+    magnitude: str | None = None,
+    max_magnitude: float = 9.0,
+    operator: str | None = None,
+    early_large_batch: bool = False,
+    lr_rule: str = "sqrt",
+) -> Plan:
+    """Plans a run.
+
+    A full pass is ``floor(num_images / batch_size)`` optimizer steps and the budget ``epochs`` times as many, in
+    full-size steps under the compute clock, where a step at B costs (B / base)^2, and in any steps under the epoch
+    clock. Stages end where the curriculum says, to the step; what a stage leaves over is carried into the next, so
+    that the whole run costs the budget to within one full-size step.
+
+    Args:
+        curriculum: a preset (``curriculum.PRESETS``), the content of a curriculum file, or a :class:`Curriculum`.
+        epochs: the budget: passes under the epoch clock, full-size passes' worth of compute under the compute clock.
+        num_images: size of the training set.
+        batch_size: images per optimizer step, over all devices.
+        base_size: the full input size g, pixels.
+        size_multiple: what the model's input size must be a multiple of (32 for Swin, the patch for ViTs, else 16).
+        lr, min_lr: peak and final learning rate.
+        warmup: a duration (:func:`parse_duration`) of linear warm-up from 0.
+        weight_decay, weight_decay_end: cosine between the two; end None keeps it constant.
+        magnitude: overrides the curriculum's RandAugment schedule (``linear``, ``steps``, ``constant``, ``none``).
+        max_magnitude: where that schedule ends, 0 to 10.
+        operator: overrides the curriculum's low-frequency operator.
+        early_large_batch: larger batches at small sizes, so that many devices stay busy (EfficientTrain++ Section 5.3):
+            (base / B)^2, rounded to a power of two, times ``batch_size``.
+        lr_rule: ``sqrt`` or ``linear``: how the learning rate follows such a batch.
+
+    Raises:
+        ValueError: a setting out of range, fewer images than a batch, or a stage too short for one step.
+
+    >>> plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
+    >>> [(stage.input_size, round(stage.passes, 1)) for stage in plan.stages]
+    [(96, 217.8), (160, 156.8), (224, 80.0)]
+    """
+    if num_images < batch_size:
+        raise ValueError(
+            f"the training set has {num_images} images but --batch_size is {batch_size}: "
+            f"lower it to at most {num_images}"
+        )
+    for name, value, low, high in (
+        ("epochs", epochs, 0, math.inf),
+        ("batch_size", batch_size, 0, math.inf),
+        ("input_size", base_size, 0, math.inf),
+        ("lr", lr, 0, math.inf),
+    ):
+        if not low < value < high:
+            raise ValueError(f"--{name} is {value}; it must be a positive number")
+    if not 0 <= max_magnitude <= 10:
+        raise ValueError(f"--max_magnitude is {max_magnitude}; RandAugment's range is 0 to 10")
+    if lr_rule not in ("sqrt", "linear"):
+        raise ValueError(f"--lr_rule is {lr_rule!r}; choose sqrt or linear")
+
+    chosen = resolve(curriculum, base_size, size_multiple)
+    changes = {key: value for key, value in (("operator", operator), ("magnitude", magnitude)) if value is not None}
+    chosen = Curriculum(**{**vars(chosen), **changes})  # checks the overrides as it checks a file
+
+    stages = _stages(chosen, epochs, num_images, batch_size, early_large_batch)
+    plan = Plan(
+        curriculum=chosen,
+        epochs=epochs,
+        num_images=num_images,
+        batch_size=batch_size,
+        lr=lr,
+        min_lr=min_lr,
+        weight_decay=weight_decay,
+        weight_decay_end=weight_decay if weight_decay_end is None else weight_decay_end,
+        warmup=warmup,
+        max_magnitude=max_magnitude,
+        lr_rule=lr_rule,
+        stages=stages,
+        records=_records(stages, chosen, max_magnitude),
+    )
+    if plan.warmup_progress >= 1:
+        raise ValueError(f"--warmup_epochs {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
+    return plan
+
+
+def _stages(
+    curriculum: Curriculum, epochs: float, num_images: int, batch_size: int, early_large_batch: bool
+) -> tuple[Stage, ...]:
+    base = curriculum.base_size
+    budget = epochs * (num_images // batch_size)  # in full-size steps of the base batch
+    spent, first_step, rows = 0.0, 0, []
+    for until, size in curriculum.stages:
+        pixels = (size / base) ** 2
+        batch = batch_size * 2 ** max(0, round(-math.log2(pixels))) if early_large_batch else batch_size
+        cost = batch / batch_size * (pixels if curriculum.clock == "compute" else 1)
+        steps = math.floor((until * budget - spent) / cost + 1e-9)
+        if steps < 1 or batch > num_images:
+            raise ValueError(
+                f"--epochs {epochs:g} is too short for curriculum {curriculum.name}: the stage at input size {size} "
+                f"gets {max(steps, 0)} optimizer steps of {batch} of the {num_images} images; raise --epochs, lower "
+                "--batch_size, or choose --curriculum none"
+            )
+        rows.append((size, batch, steps, num_images // batch, first_step, spent))
+        spent, first_step = spent + steps * cost, first_step + steps
+    ends = [*(row[-1] / spent for row in rows[1:]), 1.0]
+    return tuple(Stage(*row[:-1], start=row[-1] / spent, stop=end) for row, end in zip(rows, ends))
+
+
+def _records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: float) -> tuple[Epoch, ...]:
+    records: list[Epoch] = []
+    for number, stage in enumerate(stages):
+        per_step = (stage.stop - stage.start) / stage.steps
+        for done in range(0, stage.steps, stage.steps_per_pass):
+            steps = min(stage.steps_per_pass, stage.steps - done)
+            start = stage.start + done * per_step
+            last = done + steps == stage.steps
+            records.append(
+                Epoch(
+                    index=len(records),
+                    stage=number,
+                    input_size=stage.input_size,
+                    magnitude=_magnitude(curriculum, start, max_magnitude),
+                    batch_size=stage.batch_size,
+                    steps=steps,
+                    start=start,
+                    stop=stage.stop if last else stage.start + (done + steps) * per_step,
+                    first_step=stage.first_step + done,
+                )
+            )
+    return tuple(records)
+
+
+def _magnitude(curriculum: Curriculum, progress: float, maximum: float) -> float | None:
+    """RandAugment magnitude of an epoch record that starts at ``progress`` (ICCV Section 4.2: m = progress x m0)."""
+    if curriculum.magnitude == "none":
+        return None
+    if curriculum.magnitude == "linear":
+        return maximum * progress
+    if curriculum.magnitude == "steps":
+        values = curriculum.magnitude_steps
+        # A record that starts a rounding error before its segment belongs to it.
+        return values[min(int(progress * len(values) + 1e-6), len(values) - 1)]
+    return maximum

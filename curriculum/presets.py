@@ -1,0 +1,146 @@
+"""The published curricula: which input size B when, on which clock, with which operator and RandAugment schedule."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+OPERATORS = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
+MAGNITUDES = ("linear", "steps", "constant", "none")
+CLOCKS = ("epochs", "compute")
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """What the network is shown as training goes on.
+
+    Attributes:
+        name: what logs and plan.json call it.
+        clock: ``epochs`` (one pass over the data costs 1) or ``compute`` (a pass at size B costs (B / base)^2).
+        stages: ``(until, input_size)`` pairs; ``until`` is the share of the clock, rising to 1.
+        base_size: the full size for which those sizes were chosen; another base scales them in proportion.
+        operator: how an image is reduced to B, one of ``OPERATORS``.
+        magnitude: RandAugment schedule, one of ``MAGNITUDES``: ``linear`` 0 -> max with progress, ``steps`` (the
+            staircase of the authors' scripts), ``constant`` (max throughout) or ``none`` (no RandAugment).
+        magnitude_steps: the staircase's values, equal shares of the clock each.
+    """
+
+    name: str
+    clock: str
+    stages: tuple[tuple[float, int], ...]
+    base_size: int = 224
+    operator: str = "lanczos"
+    magnitude: str = "linear"
+    magnitude_steps: tuple[float, ...] = tuple(float(m) for m in range(10))
+
+    def __post_init__(self) -> None:
+        for setting, value, allowed in (
+            ("clock", self.clock, CLOCKS),
+            ("operator", self.operator, OPERATORS),
+            ("magnitude", self.magnitude, MAGNITUDES),
+        ):
+            if value not in allowed:
+                raise ValueError(f"curriculum {self.name}: {setting} is {value!r}; choose one of {', '.join(allowed)}")
+        untils = [until for until, _ in self.stages]
+        if not untils or untils[-1] != 1 or any(b <= a for a, b in zip([0.0, *untils], untils)):
+            raise ValueError(
+                f"curriculum {self.name}: the stages' `until` must rise from above 0 and end at 1, got {untils}"
+            )
+        if any(size < 1 for _, size in self.stages):
+            raise ValueError(f"curriculum {self.name}: input sizes must be positive, got {self.stages}")
+
+
+def round_to(value: float, multiple: int) -> int:
+    """Nearest positive multiple; halves round up (96 * 192 / 224 = 82.3 -> 80; 88 -> 96 for multiple 16)."""
+    return max(multiple, math.floor(value / multiple + 0.5) * multiple)
+
+
+def _efficienttrain(base: int, multiple: int) -> Curriculum:
+    """EfficientTrain, ICCV 2023 Table 5: 160 / (160 + g) / 2 / g at 0-60-80-100 % of the epochs."""
+    first, second = (160, (160 + base) / 2) if base >= 224 else (160 * base / 224, 192 * base / 224)
+    sizes = (round_to(first, multiple), round_to(second, multiple), base)
+    return Curriculum(
+        "efficienttrain",
+        "epochs",
+        tuple(zip((0.6, 0.8, 1.0), sizes)),
+        base_size=base,
+        operator="fourier",
+        magnitude_steps=(1.0, 3.0, 5.0, 7.0, 9.0),  # the staircase of the ICCV code
+    )
+
+
+def _linear(base: int, multiple: int) -> Curriculum:
+    """ICCV Table 13(c): B rises linearly to the base size at the cost of EfficientTrain.
+
+    From x g to g the mean cost is (x^2 + x + 1) / 3; x = 0.5996 makes it EfficientTrain's 0.653 at base 224.
+    """
+    cost = 0.6 * (160 / 224) ** 2 + 0.2 * (192 / 224) ** 2 + 0.2
+    start = (math.sqrt(12 * cost - 3) - 1) / 2 * base
+    sizes = range(round_to(start, multiple), base, multiple)
+    ends = [(size + multiple / 2 - start) / (base - start) for size in sizes]
+    return Curriculum(
+        "efficienttrain-linear", "epochs", (*zip(ends, sizes), (1.0, base)), base_size=base, operator="fourier"
+    )
+
+
+def _plus(name: str, *stages: tuple[float, int]) -> Curriculum:
+    return Curriculum(name, "compute", stages)
+
+
+_FIXED = {
+    # TPAMI 2024; the variants are those of the authors' scripts for these models.
+    "efficienttrain++": _plus("efficienttrain++", (0.2, 96), (0.6, 160), (1.0, 224)),
+    "efficienttrain++-convnext": _plus("efficienttrain++-convnext", (0.6, 160), (1.0, 224)),
+    "efficienttrain++-deit": _plus("efficienttrain++-deit", (0.2, 96), (0.6, 160), (0.8, 192), (1.0, 224)),
+}
+_COMPUTED = {"efficienttrain": _efficienttrain, "efficienttrain-linear": _linear}
+PRESETS = ("none", *_COMPUTED, *_FIXED)
+
+
+def resolve(curriculum: str | dict | Curriculum, base_size: int, size_multiple: int) -> Curriculum:
+    """A preset's name, a mapping (a YAML file's content) or a Curriculum -> one whose sizes fit base and model.
+
+    Sizes become ``round_m(B g / base)`` with m = ``size_multiple`` (halves up); equal neighbours merge.
+
+    Raises:
+        ValueError: unknown name or key, or stages that are no schedule.
+    """
+    if isinstance(curriculum, dict):
+        curriculum = _from_mapping(curriculum)
+    elif curriculum == "none":
+        curriculum = Curriculum("none", "epochs", ((1.0, base_size),), base_size, magnitude="constant")
+    elif isinstance(curriculum, str):
+        if curriculum in _COMPUTED:
+            curriculum = _COMPUTED[curriculum](base_size, size_multiple)
+        elif curriculum in _FIXED:
+            curriculum = _FIXED[curriculum]
+        else:
+            raise ValueError(f"curriculum {curriculum!r} is unknown; choose one of {', '.join(PRESETS)} or a YAML file")
+    sizes = [
+        base_size if size == curriculum.base_size else round_to(size * base_size / curriculum.base_size, size_multiple)
+        for _, size in curriculum.stages
+    ]
+    merged: list[tuple[float, int]] = []
+    for (until, _), size in zip(curriculum.stages, sizes):
+        if merged and merged[-1][1] == size:
+            merged.pop()
+        merged.append((until, size))
+    return replace(curriculum, stages=tuple(merged), base_size=base_size)
+
+
+def _from_mapping(mapping: dict) -> Curriculum:
+    """The form of a curriculum file: name, clock, base_size, operator, magnitude, stages: [{until, input_size}]."""
+    known = set(Curriculum.__dataclass_fields__)
+    unknown = sorted(set(mapping) - known)
+    if unknown:
+        raise ValueError(f"curriculum file: unknown key {unknown[0]!r}; it may hold {', '.join(sorted(known))}")
+    if missing := {"clock", "stages"} - set(mapping):
+        raise ValueError(f"curriculum file: {' and '.join(sorted(missing))} missing")
+    try:
+        stages = tuple((float(stage["until"]), int(stage["input_size"])) for stage in mapping["stages"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError("curriculum file: stages must be a list of {until: SHARE, input_size: PIXELS}") from error
+    rest = {key: value for key, value in mapping.items() if key != "stages"}
+    if "magnitude_steps" in rest:
+        rest["magnitude_steps"] = tuple(float(m) for m in rest["magnitude_steps"])
+    return Curriculum(**{"name": "custom", **rest, "stages": stages})

@@ -1,0 +1,120 @@
+"""The batch sampler: every sample carries its own instructions, so workers share no state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from curriculum.plan import Epoch, Plan
+
+_MASK = (1 << 64) - 1
+ORDER, SAMPLE, GROUP, FORWARD = range(4)  # streams of derived seeds: shuffling, images, erasing and mixing, drop path
+
+
+def derive_seed(*values: int) -> int:
+    """A 63-bit seed from integers, by SplitMix64: neighbouring values give unrelated seeds."""
+    state = 0
+    for value in values:
+        state = (state ^ (int(value) & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+class CurriculumSampler(Sampler):
+    """Batches of the whole rest of a run, one per forward pass of one process.
+
+    An optimizer step is a fixed list of groups, each a slice of the epoch's one permutation, ``micro_batch`` images
+    long. Processes take equal shares of the list, in order. At a size B below the base one forward pass takes several
+    groups, up to (base / B)^2, since they cost what one costs at full size. So which images meet in a group, and what
+    becomes of each, depends neither on the number of processes nor on that of workers.
+
+    Each batch is a list of ``(index, size, magnitude, seed)``: the image, the input size B in pixels, the RandAugment
+    magnitude (None for none) and the seed of its crop, flip and RandAugment, made of run seed, epoch and index alone.
+
+    Args:
+        plan: from :func:`curriculum.build_plan`.
+        seed: the run's seed.
+        micro_batch: images per group; None gives each process one group per step at the base batch.
+        rank, world_size: this process and the number of processes.
+        start_step: optimizer steps already done (resume).
+
+    Raises:
+        ValueError: batch, groups and processes that do not divide; names the nearest sizes that do.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        seed: int = 0,
+        micro_batch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        start_step: int = 0,
+    ) -> None:
+        self.plan, self.seed, self.rank, self.world_size = plan, seed, rank, world_size
+        self.micro_batch = _check_groups(plan, micro_batch, world_size)
+        self.start_step = start_step
+
+    def passes(self, epoch: Epoch) -> list[range]:
+        """This process's groups of any optimizer step of ``epoch``, split into forward passes as even as can be."""
+        share = epoch.batch_size // self.micro_batch // self.world_size
+        most = max(1, int((self.plan.base_size / epoch.input_size) ** 2 + 1e-9))
+        count = -(-share // most)
+        ends = [self.rank * share + share * i // count for i in range(count + 1)]
+        return [range(a, b) for a, b in pairwise(ends)]
+
+    def __len__(self) -> int:
+        """Batches (forward passes of this process) that are left."""
+        return sum(
+            len(self.passes(epoch)) * max(0, epoch.steps - max(0, self.start_step - epoch.first_step))
+            for epoch in self.plan
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int, float | None, int]]]:
+        for epoch in self.plan:
+            if epoch.first_step + epoch.steps <= self.start_step:
+                continue
+            order = self.permutation(epoch)
+            for step in range(max(0, self.start_step - epoch.first_step), epoch.steps):
+                for groups in self.passes(epoch):
+                    first = step * epoch.batch_size + groups.start * self.micro_batch
+                    indices = order[first : first + len(groups) * self.micro_batch].tolist()
+                    yield [
+                        (index, epoch.input_size, epoch.magnitude, derive_seed(self.seed, SAMPLE, epoch.index, index))
+                        for index in indices
+                    ]
+
+    def permutation(self, epoch: Epoch) -> np.ndarray:
+        """The order of the training set in ``epoch``: one permutation over all processes."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch.index))
+        return torch.randperm(self.plan.num_images, generator=generator).numpy()
+
+
+def _check_groups(plan: Plan, micro_batch: int | None, world_size: int) -> int:
+    batch = plan.batch_size
+    if batch % world_size:
+        near = _nearest(batch, lambda n: n % world_size == 0)
+        raise ValueError(
+            f"--batch_size {batch} does not share out over {world_size} processes; nearest that do: {near}"
+        )
+    micro = micro_batch or batch // world_size
+    if batch % (micro * world_size):
+        near = _nearest(micro, lambda n: batch % (n * world_size) == 0, highest=batch // world_size)
+        raise ValueError(
+            f"--micro_batch {micro} does not divide --batch_size {batch} into equal shares for {world_size} "
+            f"process{'es' * (world_size > 1)}; nearest that do: {near}"
+        )
+    return micro
+
+
+def _nearest(value: int, fits, highest: int | None = None) -> str:
+    below = next((n for n in range(value, 0, -1) if fits(n)), None)
+    above = next((n for n in range(value + 1, (highest or 2 * value) + 1) if fits(n)), None)
+    return " and ".join(str(n) for n in (below, above) if n)

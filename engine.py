@@ -1,0 +1,178 @@
+"""The loops: train one epoch, evaluate. They take what they need and know nothing of the command line."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader
+
+from curriculum import CurriculumSampler, Epoch, Plan
+from curriculum.sampler import FORWARD, GROUP, derive_seed
+from inputs.finish import Finish
+from utils import all_sum, no_sync
+
+AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NonFiniteLoss(RuntimeError):
+    """The loss became NaN or infinite."""
+
+
+@dataclass
+class Training:
+    """What an optimizer step works on. ``model`` is as called (wrapped), ``step`` the optimizer steps done."""
+
+    model: nn.Module
+    ema: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    finish: Finish
+    plan: Plan
+    sampler: CurriculumSampler
+    device: torch.device
+    amp: str = "none"
+    clip_grad: float | None = None
+    smoothing: float = 0.0
+    channels_last: bool = False
+    step: int = 0
+    loss: LossMeter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.loss = LossMeter(self.device)
+
+
+class LossMeter:
+    """Sum of losses and count of images since :meth:`reset`, kept on the device so that no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        # Double precision makes the mean independent of where a run was interrupted; MPS has none.
+        self.sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+
+    def add(self, loss: torch.Tensor, images: int) -> None:
+        self.sums[0] += loss.detach() * images
+        self.sums[1] += images
+
+    def mean(self) -> float:
+        """Mean over the images of all processes. Waits for the device. Raises NonFiniteLoss on every process alike."""
+        total, images = all_sum(self.sums.clone()).tolist()
+        if images and not torch.isfinite(torch.tensor(total)):
+            raise NonFiniteLoss
+        return total / max(images, 1)
+
+    def reset(self) -> None:
+        self.sums.zero_()
+
+
+def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step: Callable[[float, int], bool]) -> bool:
+    """Trains the optimizer steps of ``epoch`` that are still to do.
+
+    Args:
+        training: advanced in place.
+        epoch: a record of the plan.
+        batches: pairs of uint8 images (N, 3, S, S) and targets (N,), one per forward pass, in the sampler's order.
+        after_step: called with (learning rate, images of this step) after every optimizer step; True stops the epoch.
+
+    Returns:
+        Whether ``after_step`` stopped it.
+    """
+    t = training
+    t.model.train()
+    passes = t.sampler.passes(epoch)
+    share = epoch.batch_size // t.sampler.world_size
+    for step in range(t.step, epoch.first_step + epoch.steps):
+        lr = t.plan.lr_at(step)
+        set_hyperparameters(t.optimizer, lr, t.plan.weight_decay_at(step))
+        for groups in passes:
+            images, targets = next(batches)
+            with nullcontext() if groups is passes[-1] else no_sync(t.model):
+                loss = forward_loss(t, images, targets, epoch.input_size, step, groups)
+                t.scaler.scale(loss * (len(images) / share)).backward()
+            t.loss.add(loss, len(images))
+        if t.clip_grad is not None:
+            t.scaler.unscale_(t.optimizer)
+            nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad)
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        t.optimizer.zero_grad(set_to_none=True)
+        if t.ema is not None:
+            t.ema.update(unwrap(t.model))
+        t.step = step + 1
+        if after_step(lr, epoch.batch_size):
+            return True
+    return False
+
+
+def forward_loss(
+    t: Training, images: torch.Tensor, targets: torch.Tensor, size: int, step: int, groups: range
+) -> torch.Tensor:
+    """Mean loss of one forward pass over ``groups`` of ``step``; (run seed, step, group) seed all its randomness."""
+    seed = t.sampler.seed
+    images, targets = images.to(t.device, non_blocking=True), targets.to(t.device, non_blocking=True)
+    seeds = [derive_seed(seed, GROUP, step, group) for group in groups]
+    images, targets = t.finish.train(images, targets, size, seeds, t.sampler.micro_batch)
+    if t.channels_last:
+        images = images.contiguous(memory_format=torch.channels_last)
+    torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout
+    with autocast(t.device, t.amp):
+        logits = t.model(images)
+    soft = targets.is_floating_point()  # mixed targets are smoothed already
+    return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else t.smoothing)
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, loader: DataLoader, finish: Finish, size: int, device: torch.device, amp: str = "none"
+) -> dict[str, float]:
+    """Scores every image of ``loader``'s data set once, over all processes.
+
+    Args:
+        model: unwrapped, at input size ``size``.
+        loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
+
+    Returns:
+        ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5) and
+        ``images``, the number of distinct images scored.
+
+    Raises:
+        RuntimeError: an image of the data set was left out or scored twice.
+    """
+    model.eval()
+    sums = torch.zeros(3, device=device)
+    scored = torch.zeros(len(loader.dataset), dtype=torch.int32, device=device)
+    for images, targets, indices in loader:
+        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        with autocast(device, amp):
+            logits = model(finish.evaluate(images, size)).float()
+        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), top[:, 0].sum(), top.sum()])
+        scored[indices.to(device)] += 1
+    all_sum(sums), all_sum(scored)
+    if not bool((scored == 1).all()):
+        raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {len(scored)}")
+    loss, top1, top5 = (sums.double() if device.type != "mps" else sums).tolist()
+    count = len(scored)
+    return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": count}
+
+
+def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
+    """Sets what the plan says for this step; groups keep their ``lr_scale``, and those without decay have none."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+        if group["weight_decay"] > 0:
+            group["weight_decay"] = weight_decay
+
+
+def autocast(device: torch.device, amp: str):
+    dtype = AMP_DTYPES[amp]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without data-parallel and compilation wrappers."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

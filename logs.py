@@ -1,0 +1,146 @@
+"""What the user sees: log.txt (JSON lines), TensorBoard, and the progress line with the ETA of the whole run."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX import SummaryWriter
+
+from curriculum import Epoch, Plan
+
+
+class RunLog:
+    """``log.txt`` and ``tensorboard/`` in the output folder. With ``folder`` None (other processes) it does nothing.
+
+    Args:
+        folder: the output folder.
+        step: optimizer steps done: on resume, records of later steps are cut away, for they will be written again.
+    """
+
+    def __init__(self, folder: Path | None, step: int) -> None:
+        self.path = folder / "log.txt" if folder else None
+        self.board = None
+        if folder is None:
+            return
+        self._cut(step)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+
+    def _cut(self, step: int) -> None:
+        records = read_log(self.path) if self.path.exists() else []
+        temporary = self.path.with_name("log.txt.tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
+        os.replace(temporary, self.path)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Appends one epoch's record and draws its numbers."""
+        if self.path is None:
+            return
+        with open(self.path, "a") as file:
+            file.write(json.dumps(record) + "\n")
+        for key, value in record.items():
+            if isinstance(value, float | int) and key != "step":
+                self.board.add_scalar(f"epoch/{key}", value, record["step"])
+        self.board.flush()
+
+    def interval(self, step: int, scalars: dict[str, float]) -> None:
+        """Draws the numbers of a log interval."""
+        if self.board is not None:
+            for key, value in scalars.items():
+                self.board.add_scalar(f"train/{key}", value, step)
+
+    def close(self) -> None:
+        if self.board is not None:
+            self.board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.txt; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """Measures speed and says when the run will end: each stage has its own speed, measured once it runs.
+
+    A stage that has not run yet is assumed to take time in proportion to its pixels, from the one that ran last.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seconds_per_step: dict[int, float] = {}  # by stage
+        self.evaluation_seconds = 0.0  # the last evaluation's
+        self.mark()
+
+    def mark(self) -> None:
+        """Starts an interval of training (after anything that is not training)."""
+        self._time, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def interval(self, epoch: Epoch) -> float:
+        """Ends the interval and starts another. Images per second over all devices."""
+        seconds = max(time.perf_counter() - self._time, 1e-9)
+        speed = self._steps * epoch.batch_size / seconds
+        if self._steps:
+            self.seconds_per_step[epoch.stage] = seconds / self._steps
+        self.mark()
+        return speed
+
+    def eta(self, step: int, epoch: Epoch, evaluations_left: float) -> float:
+        """Seconds to the end of the run after ``step`` optimizer steps; infinite before anything was measured."""
+        known = self.seconds_per_step.get(epoch.stage)
+        if known is None:
+            return float("inf")
+        per_pixel = known / (epoch.batch_size * epoch.input_size**2)
+        total = evaluations_left * self.evaluation_seconds
+        for number, stage in enumerate(self.plan.stages):
+            left = stage.first_step + stage.steps - max(step, stage.first_step)
+            if left > 0:
+                guess = per_pixel * stage.batch_size * stage.input_size**2
+                total += left * self.seconds_per_step.get(number, guess)
+        return total
+
+
+def progress_line(
+    plan: Plan, epoch: Epoch, step: int, loss: float, lr: float, images_per_s: float, eta: float, device: torch.device
+) -> str:
+    """One line: where the run is, what the network sees, how it does, how fast, and until when."""
+    magnitude = "-" if epoch.magnitude is None else f"{epoch.magnitude:.1f}"
+    return (
+        f"stage {epoch.stage + 1}/{len(plan.stages)}  epoch {epoch.index + 1}/{len(plan)}  "
+        f"step {step}/{plan.total_steps} ({100 * plan.progress(step):.1f} %)  B {epoch.input_size}  m {magnitude}  "
+        f"loss {loss:.4f}  lr {lr:.2e}  {images_per_s:,.0f} images/s  mem {memory_gib(device):.1f} GiB  "
+        f"eta {duration_text(eta)}"
+    )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the device where it tells (CUDA), else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration_text(seconds: float) -> str:
+    """75 -> 1:15, 90000 -> 1 d 1:00:00."""
+    if seconds == float("inf"):
+        return "unknown"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
+    return f"{days} d {text}" if days else text

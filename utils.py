@@ -1,0 +1,137 @@
+"""Processes and devices: distributed set-up, reductions, seeds, and the agreement to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Which process this is, of how many, and the device it computes on."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def init_topology(device: str, deterministic: bool) -> Topology:
+    """Joins the process group that torchrun's environment describes (none: one process) and takes a device.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    kind = next(name for name, there in available.items() if there) if device == "auto" else device
+    if kind not in available:
+        raise ValueError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
+    if not available[kind]:
+        raise ValueError(f"--device {device} is not available here; choose --device cpu or auto")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.benchmark = not deterministic
+    place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    if world_size > 1:
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    return Topology(int(os.environ.get("RANK", 0)), world_size, place)
+
+
+def close_topology() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_sum(values: torch.Tensor) -> torch.Tensor:
+    """Sum over all processes, in place; as it is with one process."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_buffers(*modules: nn.Module | None) -> None:
+    """Gives every process rank 0's buffers (BatchNorm's running statistics), before they are evaluated."""
+    if dist.is_initialized():
+        for module in modules:
+            for buffer in module.buffers() if module is not None else ():
+                dist.broadcast(buffer, 0)
+
+
+def wrap(model: nn.Module, topology: Topology, compile_model: bool) -> nn.Module:
+    """The model as training calls it: data-parallel if there are several processes, compiled on request."""
+    if topology.world_size > 1:
+        ids = [topology.device.index] if topology.device.type == "cuda" else None
+        model = nn.parallel.DistributedDataParallel(
+            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
+    # One graph per input size: automatic dynamic shapes recompile at the second size, for slower code.
+    return torch.compile(model, dynamic=False) if compile_model else model
+
+
+def no_sync(model: nn.Module):
+    """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
+    model = getattr(model, "_orig_mod", model)
+    return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+class StopVote:
+    """Lets SIGTERM or SIGUSR1 to any process stop all of them at the same optimizer step.
+
+    Each step starts a small asynchronous sum of the processes' flags over gloo and reads the one of the step before, so
+    nothing waits for it and no device is synchronised.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
+        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        for name in ("SIGTERM", "SIGUSR1"):
+            signal.signal(getattr(signal, name), self._request)
+
+    def _request(self, number: int, _frame) -> None:
+        self.requested = True
+
+    def poll(self) -> bool:
+        """Whether to stop now. Every process must call it equally often; all get the same answer."""
+        if self._group is None:
+            return self.requested
+        decided = False
+        if self._pending is not None:
+            work, votes = self._pending
+            work.wait()
+            decided = bool(votes.item())
+        votes = torch.tensor([float(self.requested)])
+        self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
+        return decided
+
+
+def die(message: str, code: int = 1) -> int:
+    """Prints one line on standard error, with the rank if there are several, and returns the exit code."""
+    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+    print(f"error: {rank}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    return code
