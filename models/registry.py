@@ -1,0 +1,143 @@
+"""Models by name: the papers' names, any timm name, or one's own 'package.module:function'."""
+
+import difflib
+import importlib
+import os
+import re
+import sys
+import warnings
+from functools import partial
+
+import timm
+from torch import nn
+
+# The papers' names that are not timm's own. CSWin, PVT and isotropic ConvNeXt register under theirs in this package.
+ALIASES = {
+    "deit_tiny": "deit_tiny_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_base": "deit_base_patch16_224",
+    "swin_tiny": "swin_tiny_patch4_window7_224",
+    "swin_small": "swin_small_patch4_window7_224",
+    "swin_base": "swin_base_patch4_window7_224",
+    "swin_large": "swin_large_patch4_window7_224",
+}
+# The papers trained torchvision's ResNet, whose last BatchNorm of each block starts at 1; timm's starts at 0.
+PAPER_SETTINGS = {"resnet18": {"zero_init_last": False}, "resnet50": {"zero_init_last": False}}
+
+
+def create_model(name, num_classes=1000, input_size=224, drop_path=0.0, **kwargs):
+    """Build a classifier for square images, with random weights.
+
+    Args:
+        name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name, or
+            ``package.module:function``, looked up from the working directory too. Such a function takes
+            ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
+        num_classes: outputs of the head.
+        input_size: pixels per side.
+        drop_path: stochastic depth rate of the last block, in [0, 1).
+        kwargs: the model's own settings (ls_init_value, drop_rate, ...).
+
+    Returns:
+        nn.Module with four attributes more: ``input_size``, the present size; ``takes_size``, whether it is built for
+        one size; ``size_multiple``, what input sizes should be a multiple of; and ``rebuild``, which takes an input
+        size and returns a fresh model of the same construction.
+
+    Raises:
+        ValueError: for an unknown name, a setting the model does not have, and an input size it cannot be built for.
+    """
+    if not 0.0 <= drop_path < 1.0:
+        raise ValueError(f"drop_path {drop_path}: it must be at least 0 and below 1")
+    factory = _factory(name)
+    options = {**PAPER_SETTINGS.get(name, {}), **kwargs, "num_classes": num_classes, "drop_path_rate": drop_path}
+    rebuild = partial(_build, name, factory, options)
+    model = rebuild(input_size)
+    is_timm = hasattr(model, "pretrained_cfg")
+    if drop_path > 0 and is_timm and not any(getattr(module, "drop_prob", 0) for module in model.modules()):
+        raise ValueError(f"--drop_path {drop_path}: {name} has none; use --drop_path 0")
+    model.rebuild = rebuild
+    model.size_multiple = _size_multiple(model)
+    return model
+
+
+def _factory(name):
+    """The function that builds `name`."""
+    if ":" in name and not name.startswith("hf"):
+        return _own_function(name)
+    timm_name = ALIASES.get(name, name)
+    if not (timm.is_model(timm_name) or timm_name.startswith(("hf-hub:", "hf_hub:"))):
+        known = sorted({*ALIASES, *timm.list_models()})
+        near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
+        hint = f"; the nearest names are {', '.join(near)}" if near else ""
+        raise ValueError(f"--model {name}: no such model{hint}. Your own is written package.module:function")
+    return partial(timm.create_model, timm_name)
+
+
+def _own_function(name):
+    module_name, _, function_name = name.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"--model {name}: cannot import {module_name} from {os.getcwd()} ({error})") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"--model {name}: {module_name} has no function {function_name!r}")
+    return function
+
+
+def _build(name, factory, options, input_size):
+    """A fresh model for `input_size`; what `model.rebuild` is made of."""
+    model, taken = _call(name, factory, {**options, "img_size": input_size})
+    takes_size = "img_size" in taken
+    windowed = any(hasattr(part, "window_size") for part in model.modules())
+    if takes_size and windowed and hasattr(model, "set_input_size"):
+        # Constructors keep the window of the native size, and pad; the method keeps its share of the image (7 of 224,
+        # 3 of 96).
+        model, _ = _call(name, factory, options)
+        before = dict(model.named_parameters())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of timm's interpolation, whose values are drawn again below
+            model.set_input_size(img_size=(input_size, input_size))
+        for key, parameter in model.named_parameters():
+            if parameter.shape != before[key].shape and before[key].std() > 0:
+                nn.init.trunc_normal_(parameter, std=before[key].std().item())  # resampling narrowed what was drawn
+    model.input_size = input_size
+    model.takes_size = takes_size
+    return model
+
+
+def _call(name, factory, options):
+    """Call `factory` without what it does not take of img_size and drop_path_rate. Returns (model, settings taken)."""
+    options = dict(options)
+    while True:
+        try:
+            return factory(**options), options
+        except TypeError as error:
+            refused = [key for key in options if re.search(rf"keyword argument.*\b{key}\b", str(error))]
+            if not refused:
+                raise
+            for key in refused:
+                value = options.pop(key)
+                if key == "drop_path_rate" and value > 0:
+                    raise ValueError(f"--drop_path {value}: {name} has none; use --drop_path 0") from error
+                if key not in ("drop_path_rate", "img_size"):
+                    raise ValueError(f"{name} has no setting {key} ({error})") from error
+        except (AssertionError, ArithmeticError, IndexError, RuntimeError) as error:
+            size = options.get("img_size")
+            raise ValueError(f"input size {size}: {name} cannot be built for it ({error})") from error
+
+
+def _size_multiple(model):
+    """What input sizes should be a multiple of: the total stride where the model is built for one size, else 16."""
+    declared = getattr(model, "size_multiple", None)
+    if declared is not None:
+        return declared
+    if not (model.takes_size or hasattr(model, "set_input_size")):
+        return 16
+    stages = getattr(model, "feature_info", None)
+    if stages and isinstance(stages[-1], dict) and "reduction" in stages[-1]:
+        return stages[-1]["reduction"]
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
+    return patch[0] if isinstance(patch, tuple) else patch
