@@ -1,0 +1,123 @@
+"""Device-side finishing against timm's erasing and mixing applied by hand, and torchvision's normalising."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from timm.data.mixup import Mixup
+from timm.data.random_erasing import RandomErasing
+from torchvision.transforms import functional as tvf
+
+from curriculum.operators import low_frequency_crop
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
+
+SEEDS = [3, 2**63 - 7]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (8, 3, 32, 32), generator=generator, dtype=torch.uint8)
+    return images, torch.arange(8)
+
+
+def by_hand(images, targets, size, fourier, erasing=0.25):
+    """Both groups of four, one after the other, with timm's classes and fresh seeds."""
+    outputs = []
+    for k, seed in enumerate(SEEDS):
+        x = tvf.normalize(images[4 * k : 4 * k + 4].float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+        random.seed(seed), torch.manual_seed(seed), np.random.seed(seed % 2**32)
+        x = RandomErasing(erasing, mode="pixel", device="cpu")(x)
+        if fourier:
+            x = low_frequency_crop(x, size)
+        outputs.append(Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=10)(x, targets[4 * k : 4 * k + 4]))
+    return [torch.cat(parts) for parts in zip(*outputs)]
+
+
+@pytest.mark.parametrize("fourier", [False, True])
+def test_equals_timm_by_hand(batch, fourier):
+    size = 24 if fourier else 32
+    finish = Finish(10, operator="fourier" if fourier else "lanczos", base_size=32, erasing=0.9)
+    images, targets = finish.train(*batch, size, SEEDS, 4)
+    expected = by_hand(*batch, size, fourier, erasing=0.9)
+    assert images.shape == (8, 3, size, size) and images.dtype == torch.float32
+    torch.testing.assert_close(images, expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(targets, expected[1])
+
+
+def test_groups_do_not_depend_on_the_forward_pass(batch):
+    images, targets = batch
+    finish = Finish(10, base_size=32)
+    together = finish.train(images, targets, 32, SEEDS, 4)
+    alone = [finish.train(images[k : k + 4], targets[k : k + 4], 32, [SEEDS[k // 4]], 4) for k in (0, 4)]
+    for whole, parts in zip(together, zip(*alone)):
+        assert torch.equal(whole, torch.cat(parts))
+    other = finish.train(images, targets, 32, SEEDS[::-1], 4)
+    assert not torch.equal(together[0], other[0])
+
+
+def test_global_generators_are_left_as_found(batch):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    first = Finish(10, base_size=32).train(*batch, 32, SEEDS, 4)
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    assert before[:2] == after[:2] and torch.equal(before[2], after[2])
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert torch.equal(first[0], Finish(10, base_size=32).train(*batch, 32, SEEDS, 4)[0])
+
+
+def test_input_is_not_changed_and_uint8_stays(batch):
+    copy = batch[0].clone()
+    Finish(10, base_size=32).train(*batch, 32, SEEDS, 4)
+    assert torch.equal(copy, batch[0])
+
+
+def test_without_mixing_targets_stay_integers_and_groups_may_be_odd(batch):
+    finish = Finish(10, base_size=32, mixup=0, cutmix=0, erasing=0)
+    images, targets = finish.train(batch[0][:3], batch[1][:3], 32, [5], 3)
+    assert torch.equal(targets, batch[1][:3]) and targets.dtype == torch.int64
+    expected = tvf.normalize(batch[0][:3].float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(images, expected, rtol=0, atol=1e-5)
+
+
+def test_erased_share_and_area():
+    images = torch.full((400, 3, 32, 32), 128, dtype=torch.uint8)
+    finish = Finish(10, base_size=32, mixup=0, cutmix=0, mean=(0.5,) * 3, std=(1,) * 3)
+    out, _ = finish.train(images, torch.zeros(400).long(), 32, list(range(100)), 4)
+    changed = (out - out.median()).abs().amax(dim=1) > 1e-3
+    share = changed.flatten(1).float().mean(dim=1)
+    erased = share > 0
+    assert 0.17 < erased.float().mean() < 0.33  # p = .25, spread .022
+    assert share[erased].min() > 0.01 and share[erased].max() < 0.36
+
+
+def test_evaluation_normalises_and_crops(batch):
+    expected = tvf.normalize(batch[0].float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    plain = Finish(10, base_size=32).evaluate(batch[0], 32)
+    torch.testing.assert_close(plain, expected, rtol=0, atol=1e-5)
+    cropped = Finish(10, operator="fourier", base_size=32).evaluate(batch[0], 20)
+    torch.testing.assert_close(cropped, low_frequency_crop(expected, 20), rtol=0, atol=1e-5)
+
+
+def test_channels_last_stays(batch):
+    images = batch[0].contiguous(memory_format=torch.channels_last)
+    out, _ = Finish(10, base_size=32).train(images, batch[1], 32, SEEDS, 4)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_bad_input_is_named(batch):
+    images, targets = batch
+    finish = Finish(10, base_size=32)
+    with pytest.raises(ValueError, match=r"--micro_batch.*even"):
+        finish.train(images[:3], targets[:3], 32, [1], 3)
+    with pytest.raises(ValueError, match="groups"):
+        finish.train(images, targets, 32, [1], 4)
+    with pytest.raises(ValueError, match="24x24"):
+        finish.train(images, targets, 24, SEEDS, 4)
+    for setting in ("mixup", "cutmix"):
+        with pytest.raises(ValueError, match=f"--{setting}"):
+            Finish(10, **{setting: -1})
+    for setting, flag in {"erasing": "reprob", "mixup_prob": "mixup_prob", "smoothing": "smoothing"}.items():
+        with pytest.raises(ValueError, match=f"--{flag}"):
+            Finish(10, **{setting: 1.5})
