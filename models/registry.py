@@ -96,13 +96,14 @@ def _build(name, factory, options, input_size):
         # Constructors keep the window of the native size, and pad; the method keeps its share of the image (7 of 224,
         # 3 of 96).
         model, _ = _call(name, factory, options)
-        before = dict(model.named_parameters())
+        shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+        spreads = {key: parameter.std() for key, parameter in model.named_parameters()}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of timm's interpolation, whose values are drawn again below
             model.set_input_size(img_size=(input_size, input_size))
         for key, parameter in model.named_parameters():
-            if parameter.shape != before[key].shape and before[key].std() > 0:
-                nn.init.trunc_normal_(parameter, std=before[key].std().item())  # resampling narrowed what was drawn
+            if parameter.shape != shapes[key] and not parameter.is_meta and spreads[key] > 0:
+                nn.init.trunc_normal_(parameter, std=spreads[key].item())  # resampling narrowed what was drawn
     model.input_size = input_size
     model.takes_size = takes_size
     return model
