@@ -54,7 +54,7 @@ class LossMeter:
         self.sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
 
     def add(self, loss: torch.Tensor, images: int) -> None:
-        self.sums[0] += loss.detach() * images
+        self.sums[0] += loss.detach().to(self.sums.dtype) * images
         self.sums[1] += images
 
     def mean(self) -> float:

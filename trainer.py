@@ -83,7 +83,8 @@ class Trainer:
             step=sampler.start_step,
         )
         if state is not None and topology.is_main:  # sums of the epoch in progress, of all processes
-            self.training.loss.sums += torch.tensor(state["meters"]["loss"]).to(self.training.loss.sums)
+            sums = self.training.loss.sums
+            sums += torch.tensor(state["meters"]["loss"], dtype=sums.dtype).to(sums.device)
         # So that the time of an epoch counts what was spent on it before a stop.
         self.epoch_started = time.perf_counter() - (state["meters"]["seconds"] if state is not None else 0.0)
         self.stop = StopVote()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -86,9 +87,11 @@ def wrap(model: nn.Module, topology: Topology, compile_model: bool) -> nn.Module
     """The model as training calls it: data-parallel if there are several processes, compiled on request."""
     if topology.world_size > 1:
         ids = [topology.device.index] if topology.device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(
-            model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # the new name of broadcast_buffers is not in older torch
+            model = nn.parallel.DistributedDataParallel(
+                model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
     # One graph per input size: automatic dynamic shapes recompile at the second size, for slower code.
     return torch.compile(model, dynamic=False) if compile_model else model
 
