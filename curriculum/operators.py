@@ -4,6 +4,7 @@ import math
 from contextlib import nullcontext
 from functools import lru_cache
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
 
     The result is the real part of the inverse DFT of the block, with amplitude (size / H)(size / W), so that the mean
     and the range of smooth content stay. DFT, block and inverse are linear and act on each axis alone, so the whole is
-    two small matrix products (`_fourier_matrix`). An odd size keeps the frequencies -(size - 1) / 2 ... (size - 1) / 2;
+    a matrix product per axis (`_fourier_axis`). An odd size keeps the frequencies -(size - 1) / 2 ... (size - 1) / 2;
     an even one also keeps -size / 2 without its mirror, as the release does, and the imaginary part that this leaves
     is dropped. Output pixel (0, 0) lies on input pixel (0, 0), whereas resizing aligns the corners of the pixels.
 
@@ -37,15 +38,16 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
     if size == height == width:
         return x
     real = torch.promote_types(x.dtype, torch.float32)
-    rows, rows_nyquist = _fourier_matrix(height, size, real, x.device)
-    columns, columns_nyquist = _fourier_matrix(width, size, real, x.device)
+    rows = _fourier_axis(height, size, real, x.device)
+    columns = _fourier_axis(width, size, real, x.device)
+    images = x.to(real).reshape(-1, height, width)
+    if x.device.type == "cpu":  # a few images at a time stay in the cache
+        parts = images.split(8 * torch.get_num_threads())
+    else:
+        parts = (images,)
     with _without_autocast(x.device.type):
-        images = x.to(real)
-        out = rows @ images @ columns.T
-        if size % 2 == 0:
-            # Re(T_h X T_w') = Re T_h X Re T_w' - Im T_h X Im T_w', and Im T = s q' with s = (1, -1, 1, ...).
-            strength = images @ columns_nyquist @ rows_nyquist
-            out = torch.addcmul(out, strength[..., None, None], _checkerboard(size, real, x.device), value=-1)
+        out = torch.cat([_apply_axes(part, rows, columns) for part in parts])
+    out = out.view(*x.shape[:-2], size, size)
     return out.to(x.dtype)
 
 
@@ -109,29 +111,65 @@ def high_pass(x: torch.Tensor, radius: float) -> torch.Tensor:
     return _disc_filter(x, radius, keep_inside=False)
 
 
+class _FourierAxis(NamedTuple):
+    """The crop along one axis: Re T in one part or two (see `_fourier_axis`), and Im T = sign nyquist'."""
+
+    matrices: tuple[torch.Tensor, ...]
+    nyquist: torch.Tensor
+    sign: torch.Tensor
+
+
 @lru_cache(maxsize=64)
-def _fourier_matrix(length: int, size: int, dtype: torch.dtype, device: torch.device):
-    """Re T (size, length) and q (length) of the crop along one axis of `length` pixels; q matters for even sizes only.
+def _fourier_axis(length: int, size: int, dtype: torch.dtype, device: torch.device) -> _FourierAxis:
+    """Matrices of the crop from `length` to `size` pixels along one axis, computed in float64.
 
     T[x, u] = 1/length sum_k exp(2 pi i k (x/size - u/length)) over the kept frequencies k. Those but -size/2 come in
-    pairs, whose imaginary parts cancel: Im T[x, u] = (-1)^x q[u] with q[u] = sin(pi size u / length) / length.
+    pairs, whose imaginary parts cancel: Im T[x, u] = (-1)^x q[u] with q[u] = sin(pi size u / length) / length, and
+    none for odd sizes.
+    If both numbers are even, half a turn of u or x multiplies the terms of even k by 1 and those of odd k by -1. So
+    each parity needs a matrix of half the rows and columns only, applied to the sum (even k) or the difference (odd k)
+    of the image's halves: half the multiplications.
     """
+    parts = 2 if length % 2 == 0 and size % 2 == 0 else 1
     with torch.inference_mode(False), torch.no_grad():  # else a crop under inference_mode would poison later training
-        pixel = torch.arange(length, dtype=torch.float64, device="cpu") / length
-        target = torch.arange(size, dtype=torch.float64, device="cpu") / size
-        frequency = torch.arange(-(size // 2), (size + 1) // 2, dtype=torch.float64, device="cpu")
-        phase = 2 * math.pi * (target[:, None] - pixel[None, :])
-        matrix = torch.cos(phase[:, :, None] * frequency).sum(dim=-1) / length
-        nyquist = torch.sin(math.pi * size * pixel) / length
-        return matrix.to(device, dtype), nyquist.to(device, dtype)
-
-
-@lru_cache(maxsize=64)
-def _checkerboard(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """s s' with s = (1, -1, 1, ...): the pattern of the highest frequency of an even size."""
-    with torch.inference_mode(False), torch.no_grad():
+        u = torch.arange(length, dtype=torch.float64, device="cpu") / length
+        x = torch.arange(size, dtype=torch.float64, device="cpu") / size
+        k = torch.arange(-(size // 2), (size + 1) // 2, dtype=torch.float64, device="cpu")
+        terms = torch.cos(2 * math.pi * (x[: size // parts, None, None] - u[: length // parts, None]) * k) / length
+        matrices = tuple(terms[..., k % parts == part].sum(dim=-1).to(device, dtype) for part in range(parts))
+        nyquist = torch.sin(math.pi * size * u) / length * (size % 2 == 0)
         sign = 1 - 2 * (torch.arange(size, device="cpu") % 2)
-        return torch.outer(sign, sign).to(device, dtype)
+        return _FourierAxis(matrices, nyquist.to(device, dtype), sign.to(device, dtype))
+
+
+def _apply_axes(images: torch.Tensor, rows: _FourierAxis, columns: _FourierAxis) -> torch.Tensor:
+    """Re(T_h X T_w') = Re T_h X Re T_w' - Im T_h X Im T_w' for images X (N, H, W)."""
+    folded = _fold(images, len(rows.matrices), dim=-2)
+    out = _unfold([matrix @ part for matrix, part in zip(rows.matrices, folded)], dim=-2)
+    halves = _fold(out, len(columns.matrices), dim=-1)
+    out = _unfold([part @ matrix.T for matrix, part in zip(columns.matrices, halves)], dim=-1)
+    size = out.shape[-1]
+    if size % 2 == 0:
+        part = folded[size // 2 % len(folded)]  # the parity of the frequency -size / 2
+        strength = part @ columns.nyquist @ rows.nyquist[: part.shape[-2]]
+        out = torch.addcmul(out, strength[:, None, None], torch.outer(rows.sign, columns.sign), value=-1)
+    return out
+
+
+def _fold(x: torch.Tensor, parts: int, dim: int) -> list[torch.Tensor]:
+    """What the even and the odd frequencies see of x: sum and difference of its halves; x itself in one part."""
+    if parts == 1:
+        return [x]
+    first, second = x.chunk(2, dim)
+    return [first + second, first - second]
+
+
+def _unfold(parts: list[torch.Tensor], dim: int) -> torch.Tensor:
+    """From the even and the odd frequencies' contribution to the first half of the pixels, all pixels."""
+    if len(parts) == 1:
+        return parts[0]
+    even, odd = parts
+    return torch.cat((even + odd, even - odd), dim)
 
 
 @lru_cache(maxsize=64)

@@ -1,0 +1,94 @@
+"""Speed of single parts as ratios to a plain form, the two run in turn: `python scripts/bench.py crop [--json]`."""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from curriculum import low_frequency_crop
+
+
+def crop(args: argparse.Namespace) -> dict:
+    """The Fourier crop against fft2 / index the block / ifft2; one thread."""
+    torch.set_num_threads(1)
+    images = torch.randn(args.batch, 3, args.base_size, args.base_size)
+    result = {"crop": {}, "spread": {}}
+    for size in args.sizes:
+        error = (low_frequency_crop(images, size) - crop_by_fft(images, size)).abs().max().item()
+        if not error < 1e-4:
+            raise SystemExit(f"error: the two crops to {size} differ by {error:.1e}")
+        variants = {"fft": partial(crop_by_fft, images, size), "crop": partial(low_frequency_crop, images, size)}
+        seconds = in_turn(variants, args.repetitions)
+        ratios = [fft / crop for fft, crop in zip(seconds["fft"], seconds["crop"])]
+        result["crop"][str(size)] = round(statistics.median(ratios), 2)
+        result["spread"][str(size)] = [round(min(ratios), 2), round(max(ratios), 2)]
+        fft, ours = (1000 * statistics.median(seconds[name]) for name in ("fft", "crop"))
+        print(
+            f"{args.base_size} -> {size}: fft {fft:.1f} ms, low_frequency_crop {ours:.1f} ms, "
+            f"{result['crop'][str(size)]:.2f}x ({min(ratios):.2f} to {max(ratios):.2f}), largest difference {error:.0e}"
+        )
+    return result
+
+
+def crop_by_fft(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The crop as its definition reads: the whole spectrum, its low block, the block's inverse (even sizes)."""
+    length = images.shape[-1]
+    kept = torch.cat((torch.arange(size // 2), torch.arange(length - size // 2, length)))
+    block = torch.fft.fft2(images)[..., kept[:, None], kept] * (size / length) ** 2
+    return torch.fft.ifft2(block).real
+
+
+def in_turn(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
+    """Seconds of each variant, run one after the other in each repetition, so that a disturbance meets all of them."""
+    seconds = {name: [] for name in variants}
+    for repetition in range(repetitions + 2):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            if repetition >= 2:  # the first ones warm up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return int(text)
+
+
+def even_size(text: str) -> int:
+    size = positive(text)
+    if size % 2:
+        raise argparse.ArgumentTypeError(f"{size} is not an even size (odd ones have no counterpart in the release)")
+    return size
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    command = commands.add_parser("crop", help=crop.__doc__)
+    command.add_argument("--sizes", type=even_size, nargs="+", default=[160, 96])
+    command.add_argument("--base_size", type=even_size, default=224)
+    command.add_argument("--batch", type=positive, default=32)
+    command.add_argument("--repetitions", type=positive, default=21)
+    command.set_defaults(run=crop)
+
+    for command in commands.choices.values():
+        command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")
+    args = parser.parse_args()
+    result = args.run(args)
+    if args.json:
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
