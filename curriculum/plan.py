@@ -332,7 +332,7 @@ def _records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: f
                     index=len(records),
                     stage=number,
                     input_size=stage.input_size,
-                    magnitude=_magnitude(curriculum, start, max_magnitude),
+                    magnitude=_magnitude(curriculum, start, per_step, max_magnitude),
                     batch_size=stage.batch_size,
                     steps=steps,
                     start=start,
@@ -343,7 +343,7 @@ def _records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: f
     return tuple(records)
 
 
-def _magnitude(curriculum: Curriculum, progress: float, maximum: float) -> float | None:
+def _magnitude(curriculum: Curriculum, progress: float, per_step: float, maximum: float) -> float | None:
     """RandAugment magnitude of an epoch record that starts at ``progress`` (ICCV Section 4.2: m = progress x m0)."""
     if curriculum.magnitude == "none":
         return None
@@ -351,6 +351,6 @@ def _magnitude(curriculum: Curriculum, progress: float, maximum: float) -> float
         return maximum * progress
     if curriculum.magnitude == "steps":
         values = curriculum.magnitude_steps
-        # A record that starts a rounding error before its segment belongs to it.
-        return values[min(int(progress * len(values) + 1e-6), len(values) - 1)]
+        # Stages end up to a step early: a record that starts less than a step before its segment belongs to it.
+        return values[min(int((progress + per_step) * len(values)), len(values) - 1)]
     return maximum

@@ -46,8 +46,18 @@ class Curriculum:
             raise ValueError(
                 f"curriculum {self.name}: the stages' `until` must rise from above 0 and end at 1, got {untils}"
             )
-        if any(size < 1 for _, size in self.stages):
-            raise ValueError(f"curriculum {self.name}: input sizes must be positive, got {self.stages}")
+        if not isinstance(self.base_size, int) or self.base_size < 1:
+            raise ValueError(f"curriculum {self.name}: base_size is {self.base_size!r}; it must be a positive number")
+        if any(not 1 <= size <= self.base_size for _, size in self.stages):
+            raise ValueError(
+                f"curriculum {self.name}: input sizes must be positive and at most base_size, {self.base_size}; got "
+                f"{', '.join(str(size) for _, size in self.stages)}"
+            )
+        if not self.magnitude_steps or not all(0 <= value <= 10 for value in self.magnitude_steps):
+            raise ValueError(
+                f"curriculum {self.name}: magnitude_steps is {list(self.magnitude_steps)}; it must be a list of "
+                "RandAugment magnitudes, 0 to 10 each"
+            )
 
 
 def round_to(value: float, multiple: int) -> int:
@@ -142,5 +152,8 @@ def _from_mapping(mapping: dict) -> Curriculum:
         raise ValueError("curriculum file: stages must be a list of {until: SHARE, input_size: PIXELS}") from error
     rest = {key: value for key, value in mapping.items() if key != "stages"}
     if "magnitude_steps" in rest:
-        rest["magnitude_steps"] = tuple(float(m) for m in rest["magnitude_steps"])
+        try:
+            rest["magnitude_steps"] = tuple(float(m) for m in rest["magnitude_steps"])
+        except (TypeError, ValueError):
+            raise ValueError(f"curriculum file: magnitude_steps is {rest['magnitude_steps']!r}, not a list") from None
     return Curriculum(**{"name": "custom", **rest, "stages": stages})
