@@ -1,6 +1,8 @@
 """Speed of single parts as ratios to a plain form, the two run in turn: `python scripts/bench.py crop [--json]`."""
 
 import argparse
+import copy
+import itertools
 import json
 import statistics
 import sys
@@ -13,7 +15,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from curriculum import low_frequency_crop
+from curriculum import CurriculumSampler, build_plan, low_frequency_crop
+from engine import Training, train_epoch
+from inputs.finish import Finish
+from models import create_model
 
 
 def crop(args: argparse.Namespace) -> dict:
@@ -44,6 +49,52 @@ def crop_by_fft(images: torch.Tensor, size: int) -> torch.Tensor:
     kept = torch.cat((torch.arange(size // 2), torch.arange(length - size // 2, length)))
     block = torch.fft.fft2(images)[..., kept[:, None], kept] * (size / length) ** 2
     return torch.fft.ifft2(block).real
+
+
+def loop(args: argparse.Namespace) -> dict:
+    """train_epoch (finishing, schedules, seeds, meters, clipping) against a bare forward/backward/fused-AdamW loop."""
+    torch.set_num_threads(1)
+    model = create_model(args.model, num_classes=100, input_size=args.input_size)
+    bare = copy.deepcopy(model)
+    images = torch.randint(0, 256, (args.batch, 3, args.input_size, args.input_size), dtype=torch.uint8)
+    targets = torch.randint(0, 100, (args.batch,))
+    steps = (args.repetitions + 2) * args.steps
+    plan = build_plan("none", epochs=steps, num_images=args.batch, batch_size=args.batch, base_size=args.input_size)
+    training = Training(
+        model=model,
+        ema=None,
+        optimizer=torch.optim.AdamW(model.parameters(), fused=True),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        finish=Finish(100, base_size=args.input_size),
+        plan=plan,
+        sampler=CurriculumSampler(plan),
+        device=torch.device("cpu"),
+        clip_grad=1.0,
+    )
+    epochs = iter(plan)
+    optimizer = torch.optim.AdamW(bare.parameters(), fused=True)
+    finished, soft = training.finish.train(images, targets, args.input_size, [0], args.batch)
+
+    def run_loop() -> None:
+        for _ in range(args.steps):  # epochs of one step: their cost, too, is the loop's
+            train_epoch(training, next(epochs), itertools.repeat((images, targets)), lambda lr, count: False)
+
+    def run_bare() -> None:
+        bare.train()
+        for _ in range(args.steps):
+            torch.nn.functional.cross_entropy(bare(finished), soft).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    seconds = in_turn({"bare": run_bare, "loop": run_loop}, args.repetitions)
+    ratios = [ours / theirs for ours, theirs in zip(seconds["loop"], seconds["bare"])]
+    ratio = round(statistics.median(ratios), 3)
+    bare_ms, loop_ms = (1000 * statistics.median(seconds[name]) / args.steps for name in ("bare", "loop"))
+    print(
+        f"{args.model} at {args.input_size}, batch {args.batch}: bare {bare_ms:.1f} ms a step, train_epoch "
+        f"{loop_ms:.1f} ms, {ratio:.3f}x ({min(ratios):.3f} to {max(ratios):.3f})"
+    )
+    return {"loop": ratio, "spread": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
 def in_turn(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
@@ -81,6 +132,14 @@ def main() -> None:
     command.add_argument("--batch", type=positive, default=32)
     command.add_argument("--repetitions", type=positive, default=21)
     command.set_defaults(run=crop)
+
+    command = commands.add_parser("loop", help=loop.__doc__)
+    command.add_argument("--model", default="resnet18")
+    command.add_argument("--input_size", type=positive, default=96)
+    command.add_argument("--batch", type=positive, default=32)
+    command.add_argument("--steps", type=positive, default=2, help="steps of each loop in each turn")
+    command.add_argument("--repetitions", type=positive, default=11)
+    command.set_defaults(run=loop)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")
