@@ -70,6 +70,7 @@ def train(config: Config, topology: Topology) -> int:
             micro_batch=config.micro_batch,
             rank=topology.rank,
             world_size=topology.world_size,
+            even_groups=config.mixup > 0 or config.cutmix > 0,
         )
     state = checkpoint_to_resume(config)
     first = plan.records[min(state["epoch"], len(plan) - 1) if state else 0]

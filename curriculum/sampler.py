@@ -43,6 +43,7 @@ class CurriculumSampler(Sampler):
         micro_batch: images per group; None gives each process one group per step at the base batch.
         rank, world_size: this process and the number of processes.
         start_step: optimizer steps already done (resume).
+        even_groups: whether groups must be even, since mixup and cutmix pair their images.
 
     Raises:
         ValueError: batch, groups and processes that do not divide; names the nearest sizes that do.
@@ -57,9 +58,10 @@ class CurriculumSampler(Sampler):
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
+        even_groups: bool = False,
     ) -> None:
         self.plan, self.seed, self.rank, self.world_size = plan, seed, rank, world_size
-        self.micro_batch = _check_groups(plan, micro_batch, world_size)
+        self.micro_batch = _check_groups(plan.batch_size, micro_batch, world_size, 2 if even_groups else 1)
         self.start_step = start_step
 
     def passes(self, epoch: Epoch) -> list[range]:
@@ -97,21 +99,35 @@ class CurriculumSampler(Sampler):
         return torch.randperm(self.plan.num_images, generator=generator).numpy()
 
 
-def _check_groups(plan: Plan, micro_batch: int | None, world_size: int) -> int:
-    batch = plan.batch_size
-    if batch % world_size:
-        near = _nearest(batch, lambda n: n % world_size == 0)
+def _check_groups(batch: int, micro_batch: int | None, world_size: int, multiple: int) -> int:
+    """Images per group, of which a batch is a whole number for each process."""
+    if batch % (world_size * multiple):
+        near = _nearest(batch, lambda n: n % (world_size * multiple) == 0)
+        pairs = " in pairs (images are mixed)" * (multiple == 2)
         raise ValueError(
-            f"--batch_size {batch} does not share out over {world_size} processes; nearest that do: {near}"
+            f"--batch_size {batch} does not share out over {_processes(world_size)}{pairs}; nearest that do: {near}"
         )
-    micro = micro_batch or batch // world_size
-    if batch % (micro * world_size):
-        near = _nearest(micro, lambda n: batch % (n * world_size) == 0, highest=batch // world_size)
+    micro = batch // world_size if micro_batch is None else micro_batch
+    if micro < 1:
+        raise ValueError(f"--micro_batch is {micro}; it must be a positive number")
+    if batch % (micro * world_size) or micro % multiple:
+        near = _nearest(
+            micro, lambda n: batch % (n * world_size) == 0 and n % multiple == 0, highest=batch // world_size
+        )
+        if micro % multiple:
+            raise ValueError(
+                f"--micro_batch {micro} is odd, but mixup and cutmix pair the images of a group; nearest that do: "
+                f"{near} (or set --mixup 0 --cutmix 0)"
+            )
         raise ValueError(
-            f"--micro_batch {micro} does not divide --batch_size {batch} into equal shares for {world_size} "
-            f"process{'es' * (world_size > 1)}; nearest that do: {near}"
+            f"--micro_batch {micro} does not divide --batch_size {batch} into equal shares for "
+            f"{_processes(world_size)}; nearest that do: {near}"
         )
     return micro
+
+
+def _processes(world_size: int) -> str:
+    return f"{world_size} process{'es' * (world_size > 1)}"
 
 
 def _nearest(value: int, fits, highest: int | None = None) -> str:
