@@ -21,12 +21,9 @@ def decode(data: bytes) -> np.ndarray:
         ValueError: the content is not an image, is broken or cut short, or is larger than PIL's limit for
             decompression bombs (twice ``PIL.Image.MAX_IMAGE_PIXELS``: 179 million pixels).
     """
-    if data[:3] == JPEG_START:
+    if jpeg_size(data):
         try:
-            height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
-            # CMYK goes to PIL, whose conversion differs by a level; oversized pictures too, whose refusal then holds.
-            if colorspace != "CMYK" and height * width <= pixel_limit():
-                return simplejpeg.decode_jpeg(data, "RGB")
+            return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
             pass  # PIL reads some files that libjpeg warns about; where it does not, its message is the better one
     try:
@@ -36,6 +33,36 @@ def decode(data: bytes) -> np.ndarray:
                 return np.array(image.convert("RGB"))
     except Exception as error:  # PIL's plugins let many types through on broken files: struct.error, KeyError, ...
         raise ValueError(f"cannot decode {len(data)} bytes as an image: {error}") from error
+
+
+def decode_reduced(data: bytes, min_height: int, min_width: int) -> np.ndarray:
+    """Decodes a JPEG at the smallest scale n/8 that gives at least this size, by the quickest of libjpeg's methods.
+
+    Returns:
+        uint8 (H, W, 3), RGB; the whole picture, reduced in the DCT domain.
+    Raises:
+        ValueError: as `decode`.
+    """
+    try:
+        return simplejpeg.decode_jpeg(
+            data, "RGB", fastdct=True, fastupsample=True, min_height=min_height, min_width=min_width
+        )
+    except ValueError:
+        return decode(data)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of a JPEG that the fast decoder may read; None for any other content.
+
+    CMYK is left to PIL, whose conversion differs by a level, and so are pictures above its limit of size, to refuse.
+    """
+    if data[:3] != JPEG_START:
+        return None
+    try:
+        height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (height, width) if colorspace != "CMYK" and height * width <= pixel_limit() else None
 
 
 def pixel_limit() -> float:

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -11,12 +12,15 @@ from PIL import Image
 
 from curriculum.augment import Operation, RandAugment
 from curriculum.operators import MODES, downsample
-from inputs.decode import decode
+from inputs.decode import decode, decode_reduced, jpeg_size
+from inputs.warps import apply_operations
 
 INTERPOLATIONS = ("bicubic", "bilinear")
 PIPELINES = ("exact", "fast")
 # From here on evaluation squashes the whole image to a square, as ConvNeXt's and the papers' code does.
 SQUASH_FROM = 384
+# The fast pipeline decodes at the smallest scale that leaves this many times B pixels in the crop.
+FAST_OVERSAMPLING = 1.5
 
 
 class TrainTransform:
@@ -26,6 +30,11 @@ class TrainTransform:
     crops the spectrum (`inputs.finish.Finish`). Everything random comes from the seed of the sample: the same arguments
     give the same pixels, and no global generator is read or changed.
 
+    The pipeline ``exact`` differs from PIL's operations in that order by less than 0.25 levels (of 255) on average. The
+    pipeline ``fast`` makes the same random choices, but lets the JPEG decoder reduce (the crop keeps at least 1.5 times
+    the pixels it needs), resizes once, straight to B, and augments there: 1.4 to 2.6 levels off at small B, with a
+    fifth less of the highest frequencies.
+
     Args:
         base_size: the full input size, at which images are cropped and augmented.
         operator: how images are reduced to B, one of `curriculum.operators.MODES`.
@@ -34,6 +43,7 @@ class TrainTransform:
         flip: probability of a horizontal flip.
         color_jitter: brightness, contrast and saturation are scaled by factors from [1 - c, 1 + c], in random order.
         interpolation: of the resized crop, ``bicubic`` or ``bilinear``; both antialiased, as PIL's.
+        pipeline: ``exact`` or ``fast``.
 
     Raises:
         ValueError: an argument outside its range.
@@ -86,18 +96,34 @@ class TrainTransform:
         if not 0 < size <= self.base_size:
             raise ValueError(f"size is {size}: a training image is at most at the base size, {self.base_size}")
         rng = random.Random(seed)
+        if self.pipeline == "fast":
+            return self._fast(data, size, magnitude, rng)
         pixels = to_pixels(data)
         top, left, height, width = crop_box(*pixels.shape[:2], self.scale, self.ratio, rng)
-        flip = rng.random() < self.flip
-        operations = self.draw_operations(magnitude, rng)
-        image = to_tensor(pixels[top : top + height, left : left + width])
-        image = resize(image, self.base_size, self.base_size, self.interpolation)
-        if flip:
-            image = image.flip(-1)
-        if operations:
-            augmented = (self.randaugment or RandAugment()).apply(to_pil(image), operations)
-            image = to_tensor(np.array(augmented))
-        return image if self.operator == "fourier" else downsample(image, size, self.operator)
+        pixels = resize(pixels[top : top + height, left : left + width], self.base_size, self.interpolation)
+        pixels = self._augment(pixels, magnitude, rng)
+        return as_batch(pixels)[0] if self.operator == "fourier" else reduce(pixels, size, self.operator)
+
+    def _fast(self, data: bytes | Image.Image, size: int, magnitude: float | None, rng: random.Random) -> torch.Tensor:
+        side = self.base_size if self.operator == "fourier" else size
+        full = jpeg_size(data) if isinstance(data, bytes) else None
+        pixels = None if full else to_pixels(data)
+        full = full or pixels.shape[:2]
+        box = crop_box(*full, self.scale, self.ratio, rng)
+        if pixels is None:
+            factor = min(1, FAST_OVERSAMPLING * side / min(box[2:]))
+            pixels = decode_reduced(data, *(math.ceil(length * factor) for length in full))
+        rows, columns = pixels.shape[0] / full[0], pixels.shape[1] / full[1]
+        top, left = int(box[0] * rows), int(box[1] * columns)
+        bottom, right = math.ceil((box[0] + box[2]) * rows), math.ceil((box[1] + box[3]) * columns)
+        pixels = resize(pixels[top:bottom, left:right], side, self.interpolation)
+        return as_batch(self._augment(pixels, magnitude, rng))[0]
+
+    def _augment(self, pixels: np.ndarray, magnitude: float | None, rng: random.Random) -> np.ndarray:
+        if rng.random() < self.flip:
+            pixels = cv2.flip(pixels, 1)
+        fill = self.randaugment.fill if self.randaugment else None
+        return apply_operations(pixels, self.draw_operations(magnitude, rng), fill)
 
     def draw_operations(self, magnitude: float | None, rng: random.Random) -> list[Operation]:
         """The colour and geometry operations of one image: jitter, then RandAugment."""
@@ -138,20 +164,20 @@ class EvalTransform:
         Raises:
             ValueError: the content cannot be decoded.
         """
-        image = to_tensor(to_pixels(data))
+        pixels = to_pixels(data)
         base = self.base_size
         if base >= SQUASH_FROM:
-            image = resize(image, base, base, "bicubic")
+            pixels = resize(pixels, base, "bicubic")
         else:
-            height, width = image.shape[-2:]
+            height, width = pixels.shape[:2]
             short = round(base / self.crop_pct)
             # The long side is truncated, as torchvision's Resize does.
             long = int(short * max(height, width) / min(height, width))
             height, width = (short, long) if height <= width else (long, short)
-            image = resize(image, height, width, "bicubic")
+            pixels = resize(pixels, (height, width), "bicubic")
             top, left = round((height - base) / 2), round((width - base) / 2)
-            image = image[:, top : top + base, left : left + base]
-        return image if self.operator == "fourier" else downsample(image, self.size, self.operator)
+            pixels = pixels[top : top + base, left : left + base]
+        return as_batch(pixels)[0] if self.operator == "fourier" else reduce(pixels, self.size, self.operator)
 
 
 def crop_box(
@@ -171,11 +197,18 @@ def crop_box(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def resize(image: torch.Tensor, height: int, width: int, interpolation: str) -> torch.Tensor:
-    """uint8 (3, H, W) -> (3, height, width), antialiased, up or down; within a level of PIL's resize."""
-    if image.shape[-2:] == (height, width):
-        return image
-    return F.interpolate(image[None], (height, width), mode=interpolation, antialias=True, align_corners=False)[0]
+def resize(pixels: np.ndarray, size: int | tuple[int, int], interpolation: str) -> np.ndarray:
+    """uint8 (H, W, 3) -> (height, width, 3), antialiased, up or down; within a level of PIL's resize."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if pixels.shape[:2] == (height, width):
+        return np.ascontiguousarray(pixels)
+    out = F.interpolate(as_batch(pixels), (height, width), mode=interpolation, antialias=True)
+    return np.ascontiguousarray(out[0].permute(1, 2, 0).numpy())
+
+
+def reduce(pixels: np.ndarray, size: int, operator: str) -> torch.Tensor:
+    """uint8 (H, W, 3) -> (3, size, size) by the curriculum's operator."""
+    return downsample(as_batch(pixels), size, operator)[0]
 
 
 def to_pixels(data: bytes | Image.Image) -> np.ndarray:
@@ -185,14 +218,9 @@ def to_pixels(data: bytes | Image.Image) -> np.ndarray:
     return decode(data)
 
 
-def to_tensor(pixels: np.ndarray) -> torch.Tensor:
-    """(H, W, 3) -> (3, H, W) on the same memory, which torch's uint8 resize reads fastest in just this layout."""
-    return torch.from_numpy(pixels).permute(2, 0, 1)
-
-
-def to_pil(image: torch.Tensor) -> Image.Image:
-    """uint8 (3, H, W) -> PIL RGB image."""
-    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+def as_batch(pixels: np.ndarray) -> torch.Tensor:
+    """(H, W, 3) -> (1, 3, H, W) on the same memory: what torch calls channels_last, and resizes fastest."""
+    return torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
 
 
 def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
