@@ -32,6 +32,8 @@ class RunConfig:
     """Checkpoint to go on from (or to evaluate). Overrides --auto_resume."""
     auto_resume: bool = True
     """Go on from the newest good checkpoint in --output_dir, if there is one."""
+    rows: list[str] | None = None
+    """Rows of the papers' tables that this run reproduces, for scripts/results.py; they are in recipes/papers.json."""
     eval: bool = False
     """Evaluate the model of --resume (or --finetune) and exit."""
     eval_size: int | None = None
@@ -44,11 +46,11 @@ class RunConfig:
     """Seed of initial weights, shuffling, augmentation, mixing and drop path."""
     deterministic: bool = False
     """Bit-identical results on CUDA too, where a stopped run goes on exactly; slower there."""
-    log_interval: str = "50 steps"
+    log_interval: float | str = "50 steps"
     """Duration between progress lines (the loss is read from the device only then)."""
-    eval_interval: str = "5%"
+    eval_interval: float | str = "5%"
     """Duration between evaluations (at the end of the epoch in which it elapses); there is always one at the end."""
-    save_interval: str = "5%"
+    save_interval: float | str = "5%"
     """Duration between checkpoints, at the very step; there is always one at the end."""
     keep_checkpoints: int = 1
     """Newest checkpoint-<step>.pth files kept, beside checkpoint-last.pth and checkpoint-best.pth."""
@@ -209,7 +211,7 @@ def parse_config(argv: list[str]) -> Config:
     try:
         settings = load_recipe(recipe) if recipe else {}
         _refuse_unknown(settings, f"recipe {recipe}")
-        _refuse_unknown(_flags(argv), "command line")
+        _refuse_unknown([flag for flag in _flags(argv) if flag not in ("recipe", "help")], "command line")
         try:
             known = parser.parse_object(settings)
         except ArgumentError as error:
@@ -228,23 +230,30 @@ def usage_error(message: str) -> int:
 
 
 def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a recipe; ``extends: OTHER.yaml`` (a path from its own folder) is read first and overridden key by key."""
+    """Reads a recipe, after what it ``extends``: a file or a list of files, as paths from its own folder.
+
+    Keys of a later file replace those of an earlier one, and the recipe's own replace them all.
+
+    Raises:
+        ValueError: not readable, not a mapping, or extending itself; names the file.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe {path} is not a text file") from None
     except OSError as error:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"recipe {path} is not a text file") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the loader lets a bad date's ValueError through
+        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings to values")
-    parent = content.pop("extends", None)
-    if parent is None:
-        return content
+    parents = content.pop("extends", [])
     if path in children:
         raise ValueError(f"recipe {path} extends itself")
-    return {**load_recipe(str(Path(path).parent / str(parent)), (*children, path)), **content}
+    settings: dict[str, Any] = {}
+    for parent in parents if isinstance(parents, list) else [parents]:
+        settings.update(load_recipe(str(Path(path).parent / str(parent)), (*children, path)))
+    return {**settings, **content}
 
 
 def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -263,7 +272,7 @@ def to_yaml(config: Config) -> str:
 def _refuse_unknown(settings: dict[str, Any] | list[str], where: str) -> None:
     names = Config.__dataclass_fields__
     for key in settings:
-        if key not in names and key not in ("recipe", "help"):
+        if key not in names:
             near = difflib.get_close_matches(str(key), names, 3, 0.5)
             raise ValueError(
                 f"{where}: unknown setting {key!r}"
