@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ _MARK = b"sha256:"
 _TRAILER = len(_MARK) + 64  # bytes of "sha256:" and its hexadecimal digits
 
 
+KEYS = ("model", "model_ema", "optimizer", "scaler", "step", "epoch", "best", "meters", "config")
+_PLAIN = (torch.Tensor, str, int, float, bool, type(None))
+
+
 class BadCheckpoint(ValueError):
     """A file that is no whole, unaltered checkpoint of this project."""
 
@@ -25,7 +30,12 @@ def save(path: Path, payload: dict[str, Any]) -> None:
 
     The file is a torch zip archive whose zip comment is the SHA-256 of all bytes before the comment's length, so the
     checksum travels with the file and ``torch.load(weights_only=True)`` reads it as any other.
+
+    Raises:
+        TypeError: the payload holds what such a load would refuse; names the place.
+        OSError: it could not be written; what was at ``path`` is still there.
     """
+    _check_plain(payload, "checkpoint")
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "w+b") as file:
         torch.save({"format_version": FORMAT_VERSION, **payload}, file)
@@ -69,10 +79,20 @@ def load(path: str | Path) -> dict[str, Any]:
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise BadCheckpoint(f"{path} cannot be read: {error.strerror}") from None
+        raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}") from None
+    except BadCheckpoint:
+        raise
+    except pickle.UnpicklingError:
+        raise BadCheckpoint(f"{path} holds more than tensors and plain types, so it was not loaded") from None
+    except Exception as error:  # the checksum holds, so someone made it: the unpickler raises whatever it meets
+        raise BadCheckpoint(f"{path} cannot be read as a checkpoint ({type(error).__name__})") from None
+    if not isinstance(payload, dict):
+        raise BadCheckpoint(f"{path} is not a checkpoint of this project")
     version = payload.get("format_version")
     if version != FORMAT_VERSION:
         raise BadCheckpoint(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
+    if missing := [key for key in KEYS if key not in payload]:
+        raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
     return payload
 
 
@@ -100,6 +120,18 @@ def prune(folder: Path, keep: int) -> None:
 
 
 _NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
+
+
+def _check_plain(value: Any, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"a key of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for place, item in enumerate(value):
+            _check_plain(item, f"{where}[{place}]")
+    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain types only")
 
 
 def _digest(file, size: int) -> bytes:
