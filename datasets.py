@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -136,5 +137,7 @@ def _options(workers: int, pin: bool) -> dict[str, Any]:
 
 
 def _start_worker(_worker: int) -> None:
-    """One thread per worker: they are as many as the machine has cores to give."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # workers are as many as the machine has cores to give
+    # A cluster signals every process of a job. Workers go on until their training process has saved and ends them.
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
