@@ -35,20 +35,20 @@ def decode(data: bytes) -> np.ndarray:
         raise ValueError(f"cannot decode {len(data)} bytes as an image: {error}") from error
 
 
-def decode_reduced(data: bytes, min_height: int, min_width: int) -> np.ndarray:
-    """Decodes a JPEG at the smallest scale n/8 that gives at least this size, by the quickest of libjpeg's methods.
+def decode_reduced(data: bytes, step: int) -> np.ndarray:
+    """Decodes a JPEG for which `jpeg_size` is known at 1 / ``step`` of its size, reduced in the DCT domain.
 
     Returns:
-        uint8 (H, W, 3), RGB; the whole picture, reduced in the DCT domain.
+        uint8 (ceil(H / step), ceil(W / step), 3), RGB. ``step`` is 1, 2, 4 or 8: libjpeg's other scales are slower than
+        full size.
     Raises:
         ValueError: as `decode`.
     """
+    height, width = (-(-length // step) for length in jpeg_size(data))
     try:
-        return simplejpeg.decode_jpeg(
-            data, "RGB", fastdct=True, fastupsample=True, min_height=min_height, min_width=min_width
-        )
+        return simplejpeg.decode_jpeg(data, "RGB", min_height=height, min_width=width)
     except ValueError:
-        return decode(data)
+        return np.ascontiguousarray(decode(data)[::step, ::step])
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:

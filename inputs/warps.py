@@ -75,7 +75,7 @@ def posterize(pixels: np.ndarray, bits: int) -> np.ndarray:
 
 
 def solarize(pixels: np.ndarray, threshold: int) -> np.ndarray:
-    return _look_up(pixels, np.where(LEVELS >= threshold, 255 - LEVELS, LEVELS))
+    return _look_up(pixels, np.where(np.less(LEVELS, threshold), LEVELS, 255 - LEVELS))
 
 
 def solarize_add(pixels: np.ndarray, add: int) -> np.ndarray:

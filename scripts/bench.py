@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_input
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -140,6 +141,15 @@ def main() -> None:
     command.add_argument("--steps", type=positive, default=2, help="steps of each loop in each turn")
     command.add_argument("--repetitions", type=positive, default=11)
     command.set_defaults(run=loop)
+
+    command = commands.add_parser("input", help=bench_input.run.__doc__)
+    command.add_argument("--data_path", required=True, help="folder with images, at any depth")
+    command.add_argument("--sizes", type=positive, nargs="+", default=[96, 160, 224])
+    command.add_argument("--base_size", type=positive, default=224)
+    command.add_argument("--images", type=positive, default=256)
+    command.add_argument("--repetitions", type=positive, default=5)
+    command.add_argument("--seed", type=int, default=0, help="of the choice of images")
+    command.set_defaults(run=bench_input.run)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")
