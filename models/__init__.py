@@ -1,5 +1,9 @@
-"""The models this project trains: timm's and those that timm lacks, by one factory."""
+"""The models this project trains: timm's and those that timm lacks, by one factory; their weights in and out."""
 
+from . import cswin, pvt  # noqa: F401 (they register their models in timm)
+from .heads import freeze_body
+from .layer_decay import param_groups
 from .registry import ALIASES, create_model
+from .weights import load_weights
 
-__all__ = ["ALIASES", "create_model"]
+__all__ = ["ALIASES", "create_model", "freeze_body", "load_weights", "param_groups"]

@@ -70,36 +70,6 @@ def layer_ids(model: nn.Module) -> dict[str, int]:
     )
 
 
-def freeze_body(model: nn.Module) -> None:
-    """Prepare linear probing: only the classifier trains, the body neither learns nor draws nor updates statistics.
-
-    The body is put into eval mode before every forward pass, whatever `train()` the training loop calls: its dropout
-    and drop path are off and its BatchNorm uses, and leaves, the running statistics it has.
-
-    Raises:
-        ValueError: the model has no classifier to train.
-    """
-    if not any(True for head in _heads(model) for _ in head.parameters()):
-        raise ValueError(f"linear probing: {type(model).__name__} has no classifier to train (num_classes 0?)")
-    model.requires_grad_(False)
-    for head in _heads(model):
-        head.requires_grad_(True)
-    model.register_forward_pre_hook(_still_body)
-
-
-def _heads(model: nn.Module) -> list[nn.Module]:
-    """The classifier, or the two of a distilled model."""
-    head = model.get_classifier()
-    return list(head) if isinstance(head, (tuple, list)) else [head]
-
-
-def _still_body(model: nn.Module, _arguments) -> None:
-    live = {part for head in _heads(model) for part in head.modules()} | {model}
-    for part in model.modules():
-        if part not in live:
-            part.training = False
-
-
 # CAFormer and its kin have no group_matcher in timm: one layer per block, a downsampling with the block after it.
 _METAFORMER = {
     "stem": r"^stem",

@@ -11,7 +11,8 @@ from torch import nn
 
 import models.cswin
 import models.pvt  # noqa: F401 (registers the models)
-from models.layer_decay import freeze_body, layer_ids, param_groups
+from models.heads import freeze_body
+from models.layer_decay import layer_ids, param_groups
 
 CASES = {
     "convnext_tiny": "convnext_tiny",
