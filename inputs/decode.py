@@ -5,9 +5,18 @@ import warnings
 
 import numpy as np
 import simplejpeg
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 JPEG_START = b"\xff\xd8\xff"
+
+
+class BadImage(ValueError):
+    """An image that cannot be used. Its text is one line, which names the file where it is known."""
+
+    def __str__(self) -> str:
+        # From a loader's worker the exception arrives as the text of a whole traceback, whose last line is the message.
+        lines = super().__str__().strip().splitlines() or [""]
+        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
 
 
 def decode(data: bytes) -> np.ndarray:
@@ -18,7 +27,7 @@ def decode(data: bytes) -> np.ndarray:
     Returns:
         uint8 (H, W, 3), RGB, contiguous and writable.
     Raises:
-        ValueError: the content is not an image, is broken or cut short, or is larger than PIL's limit for
+        BadImage: the content is not an image, is broken or cut short, or is larger than PIL's limit for
             decompression bombs (twice ``PIL.Image.MAX_IMAGE_PIXELS``: 179 million pixels).
     """
     if jpeg_size(data):
@@ -30,9 +39,16 @@ def decode(data: bytes) -> np.ndarray:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(data)) as image:
-                return np.array(image.convert("RGB"))
+                return image_pixels(image)
+    except UnidentifiedImageError as error:
+        raise BadImage(f"cannot decode {len(data)} bytes: not an image of a known format") from error
     except Exception as error:  # PIL's plugins let many types through on broken files: struct.error, KeyError, ...
-        raise ValueError(f"cannot decode {len(data)} bytes as an image: {error}") from error
+        raise BadImage(f"cannot decode {len(data)} bytes: {' '.join(str(error).split())}") from error
+
+
+def image_pixels(image: Image.Image) -> np.ndarray:
+    """uint8 (H, W, 3), RGB, of a PIL image of any mode."""
+    return np.array(image.convert("RGB"))
 
 
 def decode_reduced(data: bytes, step: int) -> np.ndarray:
@@ -42,7 +58,7 @@ def decode_reduced(data: bytes, step: int) -> np.ndarray:
         uint8 (ceil(H / step), ceil(W / step), 3), RGB. ``step`` is 1, 2, 4 or 8: libjpeg's other scales are slower than
         full size.
     Raises:
-        ValueError: as `decode`.
+        BadImage: as `decode`.
     """
     height, width = (-(-length // step) for length in jpeg_size(data))
     try:

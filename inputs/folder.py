@@ -87,6 +87,13 @@ class FolderIndex:
             _release(self._buffer)
         return os.path.join(self.root, self._meta["directories"][place], os.fsdecode(name))
 
+    name = path
+
+    def read(self, i: int) -> bytes:
+        """Content of image ``i``. Raises OSError if the file has gone or cannot be read."""
+        with open(self.path(i), "rb", buffering=0) as file:
+            return file.read()
+
     def label(self, i: int) -> int:
         """Class number of image ``i``. Raises IndexError outside 0 ... len - 1."""
         return int(self._labels[self._class_of_directory[self._directory(i)]])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from curriculum.augment import Operation, RandAugment
 from curriculum.operators import MODES, downsample
-from inputs.decode import decode, decode_reduced, jpeg_size
+from inputs.decode import BadImage, decode, decode_reduced, image_pixels, jpeg_size
 from inputs.warps import apply_operations
 
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -91,7 +91,8 @@ class TrainTransform:
             magnitude: RandAugment's, 0-10; None for no RandAugment.
             seed: of the sample.
         Raises:
-            ValueError: the content cannot be decoded, or the size is above the base size.
+            BadImage: the content cannot be decoded.
+            ValueError: the size is above the base size.
         """
         if not 0 < size <= self.base_size:
             raise ValueError(f"size is {size}: a training image is at most at the base size, {self.base_size}")
@@ -162,7 +163,7 @@ class EvalTransform:
         """Returns uint8 (3, S, S), S = ``size``, or the base size under ``fourier``.
 
         Raises:
-            ValueError: the content cannot be decoded.
+            BadImage: the content cannot be decoded.
         """
         pixels = to_pixels(data)
         base = self.base_size
@@ -213,9 +214,12 @@ def reduce(pixels: np.ndarray, size: int, operator: str) -> torch.Tensor:
 
 def to_pixels(data: bytes | Image.Image) -> np.ndarray:
     """uint8 (H, W, 3) of a file's content or a PIL image of any mode."""
-    if isinstance(data, Image.Image):
-        return np.array(data.convert("RGB"))
-    return decode(data)
+    if not isinstance(data, Image.Image):
+        return decode(data)
+    try:
+        return image_pixels(data)
+    except Exception as error:  # PIL reads lazily, so here is where a broken image shows, with any type of exception
+        raise BadImage(f"cannot decode: {' '.join(str(error).split())}") from error
 
 
 def as_batch(pixels: np.ndarray) -> torch.Tensor:

@@ -16,7 +16,7 @@ from curriculum.augment import RandAugment
 from inputs.decode import decode
 from inputs.transforms import EvalTransform, TrainTransform, crop_box
 
-NAMES = ("astronaut", "chelsea", "coffee", "rocket", "hubble_deep_field", "retina")
+NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 LIMIT = 0.25  # mean absolute difference, of 255
 
 
@@ -146,7 +146,7 @@ def test_decompression_bomb_is_refused(kind, monkeypatch):
 def test_training_pixels_equal_the_reference_order(photos, size, operator):
     transform = TrainTransform(224, operator, RandAugment())
     differences = []
-    for k, content in enumerate(photos * 2):
+    for k, content in enumerate(photos * 3):
         result = transform(content, size, 9.0, seed=1000 + k)
         side = 224 if operator == "fourier" else size
         assert result.dtype == torch.uint8 and result.shape == (3, side, side)
