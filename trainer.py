@@ -50,7 +50,7 @@ class Trainer:
     ) -> None:
         self.config, self.topology, self.plan = config, topology, plan
         self.sources, self.output = sources, Path(config.output_dir)
-        self.num_classes = model.num_classes
+        self.num_classes = config.num_classes or len(sources[0].classes)
         model.to(topology.device)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)

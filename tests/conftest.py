@@ -1,5 +1,6 @@
 """What several tests share: a tiny real image folder, and running main.py inside the test process."""
 
+import json
 import os
 import random
 import signal
@@ -17,7 +18,7 @@ torch.set_num_threads(1)
 
 # A run of a second or two: 48 images, batches of 8 in groups of 4, sizes 32, 48 and 64.
 TINY = {
-    "model": "test_convnext",
+    "model": "tests.tiny_models:convnet",
     "input_size": 64,
     "batch_size": 8,
     "micro_batch": 4,
@@ -74,11 +75,57 @@ def write_images(root, counts, seed=0, size=(40, 48)):
 
 
 @pytest.fixture(scope="session")
-def run():
-    """``run(output_dir=..., ...)`` -> exit code of main.py with the tiny settings, in this process."""
+def main_program():
+    """``main_program(argv)`` -> exit code of main.py in this process."""
     import main
 
-    def call(**settings):
-        return main.main(flags(**settings))
+    return main.main
+
+
+@pytest.fixture
+def train(main_program, folder, tmp_path):
+    """``train(name="a", lr=..., ...)`` trains on ``folder`` with the tiny settings, and returns its :class:`Run`."""
+
+    def call(name="run", **settings):
+        output = tmp_path / name
+        assert main_program(flags(output_dir=output, **{"data_path": folder, **settings})) == 0
+        return Run(output)
 
     return call
+
+
+class Run:
+    """What a run left in its output folder."""
+
+    def __init__(self, output):
+        self.output = Path(output)
+
+    def log(self):
+        """The records of log.txt."""
+        return [json.loads(line) for line in (self.output / "log.txt").read_text().splitlines()]
+
+    def state(self, name="checkpoint-last.pth"):
+        """A checkpoint's content."""
+        import checkpoints
+
+        return checkpoints.load(self.output / name)
+
+    def result(self):
+        """What must not depend on interruptions: all of the last checkpoint and of the log but the times."""
+        state = self.state()
+        state["meters"] = {"loss": state["meters"]["loss"]}
+        del state["config"]
+        timed = ("seconds", "images_per_s")
+        log = [{key: value for key, value in record.items() if key not in timed} for record in self.log()]
+        return {"state": state, "log": log}
+
+
+def same(a, b):
+    """Whether two nested values are equal, tensors bit by bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return a == b or (a != a and b != b)

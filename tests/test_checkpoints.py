@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import same
 
 import checkpoints
 from checkpoints import BadCheckpoint
@@ -30,17 +31,6 @@ def payload(step=3, **more):
         "config": {"lr": 0.1, "betas": [0.9, 0.999], "name": None},
         **more,
     }
-
-
-def same(a, b):
-    """Whether two nested values are equal, tensors bit by bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, list | tuple):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return a == b
 
 
 def test_what_is_saved_is_loaded(tmp_path):
