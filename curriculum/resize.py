@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from curriculum.skeleton import Skeleton
+
 _TORCH_OWN = frozenset(vars(nn.Module()))  # attributes of every module: parameters, buffers, hooks, training, ...
+_TRIES = 6  # sizes that are looked at on either side of one that does not work
 _PLAIN = (int, float, str, bool, tuple, list, type(None))
 
 
@@ -36,6 +39,8 @@ def set_input_size(model, size, optimizer=None, ema=None):
         ValueError: if the model is wrapped, or cannot take the size; the model is then as it was.
     """
     _refuse_wrapped(model)
+    if size == _present_size(model):
+        return False
     check_input_sizes(model, [size])
     changed = _resize(model, size)
     for parameter, old_shape, new_shape, scale in changed if optimizer is not None else ():
@@ -61,12 +66,23 @@ def check_input_sizes(model, sizes):
         reason = _refusal(model, size)
         if reason is None:
             continue
+        near = " and ".join(str(near) for near in nearest_sizes(model, size))
         multiple = getattr(model, "size_multiple", 16)
-        near = [_nearest(model, size, multiple, direction) for direction in (-1, 1)]
-        near = " and ".join(str(n) for n in near if n is not None)
         hint = f"the nearest that work: {near}" if near else f"use a multiple of {multiple}"
         name = type(model).__name__
         raise ValueError(f"input size {size}: {name} (size multiple {multiple}) cannot take it ({reason}); {hint}")
+
+
+def nearest_sizes(model, size):
+    """The nearest input sizes below and above `size` that the model takes; those that could be found, so 0 to 2."""
+    multiple, present = getattr(model, "size_multiple", 16), _present_size(model) or size
+    candidates = {multiple * k for k in range(1, 2 * size // multiple + _TRIES)}
+    candidates |= {present * k // 8 for k in range(2, 17)}
+    found = []
+    for direction in (-1, 1):
+        near = sorted((c for c in candidates if (c - size) * direction > 0), key=lambda c: abs(c - size))[:_TRIES]
+        found += [next((c for c in near if _refusal(model, c) is None), None)]
+    return [c for c in found if c is not None]
 
 
 # The check
@@ -86,8 +102,11 @@ def _refusal(model, size):
             return "its windows would need padding"
     for device in ("meta", "cpu"):  # a few models compute with values in forward, so that only a real pass tells
         try:
-            clone = _copy_on(model, device).eval()
-            _resize(clone, size)
+            if device == "cpu" and _on_meta(model):
+                clone = model.rebuild(size)
+            else:
+                clone = _copy_on(model, device).eval()
+                _resize(clone, size)
             dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
             with torch.no_grad(), _fork_rng():
                 clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
@@ -95,16 +114,6 @@ def _refusal(model, size):
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return reason
-
-
-def _nearest(model, size, multiple, direction, tries=6):
-    """The nearest workable size below (direction -1) or above (1) `size`, or None."""
-    present = _present_size(model) or size
-    candidates = {multiple * k for k in range(1, 2 * size // multiple + tries)} | {
-        present * k // 8 for k in range(2, 17)
-    }
-    candidates = sorted((c for c in candidates if (c - size) * direction > 0), key=lambda c: abs(c - size))
-    return next((c for c in candidates[:tries] if _refusal(model, c) is None), None)
 
 
 def _pair(value):
@@ -151,7 +160,7 @@ def _resize(model, size):
             model.set_input_size(img_size=(size, size))
             after = dict(model.named_parameters(remove_duplicate=False))
         elif getattr(model, "takes_size", False):
-            with torch.device("meta") if _on_meta(model) else nullcontext():
+            with torch.device("meta") if _on_meta(model) else nullcontext(), Skeleton():
                 fresh = model.rebuild(old_size), model.rebuild(size)
             after = _graft(model, *fresh)
         else:

@@ -5,6 +5,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from curriculum.skeleton import Skeleton
+
 from .registry import create_model
 
 
@@ -32,10 +34,10 @@ def count_flops(model, sizes):
 
 
 def _count(build, size, device):
-    with torch.random.fork_rng(devices=[]), torch.device(device):
+    with torch.random.fork_rng(devices=[]), torch.device(device), Skeleton():
         model: nn.Module = build(size).eval()
-        image = torch.zeros(1, getattr(model, "in_chans", 3), size, size)
-        # Plain attention is made of counted matrix products; not every fused kernel is known to the counter.
-        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-            model(image)
+    image = torch.zeros(1, getattr(model, "in_chans", 3), size, size, device=device)
+    # Plain attention is made of counted matrix products; not every fused kernel is known to the counter.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(image)
     return counter.get_total_flops() // 2, sum(parameter.numel() for parameter in model.parameters())

@@ -9,7 +9,10 @@ import warnings
 from functools import partial
 
 import timm
+import torch
 from torch import nn
+
+from curriculum.skeleton import Skeleton
 
 # The papers' names that are not timm's own. CSWin, PVT and isotropic ConvNeXt register under theirs in this package.
 ALIASES = {
@@ -89,24 +92,37 @@ def _own_function(name):
 
 def _build(name, factory, options, input_size):
     """A fresh model for `input_size`; what `model.rebuild` is made of."""
-    model, taken = _call(name, factory, {**options, "img_size": input_size})
-    takes_size = "img_size" in taken
-    windowed = any(hasattr(part, "window_size") for part in model.modules())
-    if takes_size and windowed and hasattr(model, "set_input_size"):
-        # Constructors keep the window of the native size, and pad; the method keeps its share of the image (7 of 224,
-        # 3 of 96).
-        model, _ = _call(name, factory, options)
-        shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
-        spreads = {key: parameter.std() for key, parameter in model.named_parameters()}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of timm's interpolation, whose values are drawn again below
-            model.set_input_size(img_size=(input_size, input_size))
-        for key, parameter in model.named_parameters():
-            if parameter.shape != shapes[key] and not parameter.is_meta and spreads[key] > 0:
-                nn.init.trunc_normal_(parameter, std=spreads[key].item())  # resampling narrowed what was drawn
+    options = {**options, "img_size": input_size}
+    try:
+        with torch.device("meta"), Skeleton():
+            model, options = _call(name, factory, options)
+    except Exception:  # it needs values to be built, or cannot be built at all: then the real call below says so
+        model = None
+    windowed = model is not None and any(hasattr(part, "window_size") for part in model.modules())
+    # Constructors keep the window of the native size, and pad; the model's method keeps its share of the image: 7 of
+    # 224, 3 of 96.
+    scale_windows = windowed and "img_size" in options and hasattr(model, "set_input_size")
+    if scale_windows:
+        del options["img_size"]
+    if model is None or scale_windows or torch.get_default_device().type != "meta":
+        model, options = _call(name, factory, options)
+    if scale_windows:
+        _scale_windows(model, input_size)
     model.input_size = input_size
-    model.takes_size = takes_size
+    model.takes_size = scale_windows or "img_size" in options
     return model
+
+
+def _scale_windows(model, input_size):
+    """Set a fresh model's size by its own method, and draw anew what that resampled: resampling narrows the spread."""
+    before = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm's interpolation
+        model.set_input_size(img_size=(input_size, input_size))
+    for name, parameter in model.named_parameters():
+        values = before[name]
+        if parameter.shape != values.shape and not parameter.is_meta and values.std() > 0:
+            nn.init.trunc_normal_(parameter, std=values.std().item())
 
 
 def _call(name, factory, options):
