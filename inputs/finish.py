@@ -31,6 +31,7 @@ class Finish:
         erasing: probability per image. mixup, cutmix: their alphas, 0 is off; both 0: no mixing, integer targets.
         mixup_prob: probability that a group is mixed. switch_prob: of cutmix, where both are on.
         smoothing: label smoothing of the soft targets. Integer targets are smoothed by the loss instead.
+        channels_last: the memory format of the images that are returned.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Finish:
         mixup_prob: float = 1.0,
         switch_prob: float = 0.5,
         smoothing: float = 0.1,
+        channels_last: bool = False,
     ):
         for setting, value in {
             "--reprob": erasing,
@@ -63,6 +65,7 @@ class Finish:
         self.erasing = erasing
         self.mean = tuple(255 * value for value in mean)
         self.scale = tuple(1 / (255 * value) for value in std)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._constants = {}
         self.mixup = None
         if mixup > 0 or cutmix > 0:
@@ -106,7 +109,7 @@ class Finish:
                     torch.manual_seed(seed)
                     erase(group)
             if self.fourier:
-                images = low_frequency_crop(images, size)
+                images = self._crop_spectrum(images, size)
             if self.mixup:
                 mixed = []
                 for group, labels, seed in zip(images.split(group_size), targets.split(group_size), seeds):
@@ -123,7 +126,10 @@ class Finish:
         """
         self._check_size(images, size)
         images = self.normalise(images)
-        return low_frequency_crop(images, size) if self.fourier else images
+        return self._crop_spectrum(images, size) if self.fourier else images
+
+    def _crop_spectrum(self, images: torch.Tensor, size: int) -> torch.Tensor:
+        return low_frequency_crop(images, size).contiguous(memory_format=self.memory_format)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, S, S) -> float32 of mean 0 and deviation 1 over the data set, per channel."""
@@ -134,7 +140,7 @@ class Finish:
                 for values in (self.mean, self.scale)
             )
         mean, scale = self._constants[images.device]
-        return images.to(torch.float32).sub_(mean).mul_(scale)
+        return images.to(torch.float32, memory_format=self.memory_format).sub_(mean).mul_(scale)
 
     def _check_size(self, images: torch.Tensor, size: int) -> None:
         expected = self.base_size if self.fourier else size

@@ -81,6 +81,7 @@ class TrainTransform:
         self.color_jitter = color_jitter
         self.interpolation = interpolation
         self.pipeline = pipeline
+        self.fill = randaugment.fill if randaugment else (0, 0, 0)
 
     def __call__(self, data: bytes | Image.Image, size: int, magnitude: float | None, seed: int) -> torch.Tensor:
         """Returns uint8 (3, S, S), S = ``size``, or the base size under ``fourier``.
@@ -94,20 +95,25 @@ class TrainTransform:
             BadImage: the content cannot be decoded.
             ValueError: the size is above the base size.
         """
+        pixels, flip, operations = self.crop(data, size, magnitude, seed)
+        if flip:
+            pixels = cv2.flip(pixels, 1)
+        pixels = apply_operations(pixels, operations, self.fill)
+        return as_batch(pixels)[0] if self.operator == "fourier" else reduce(pixels, size, self.operator)
+
+    def crop(
+        self, data: bytes | Image.Image, size: int, magnitude: float | None, seed: int
+    ) -> tuple[np.ndarray, bool, list[Operation]]:
+        """The part that needs the image file: (uint8 (S, S, 3), whether to flip, operations), all random choices made.
+
+        S is the size at which images are augmented: the base size, or B in the fast pipeline. Arguments and exceptions
+        are those of calling the transform.
+        """
         if not 0 < size <= self.base_size:
             raise ValueError(f"size is {size}: a training image is at most at the base size, {self.base_size}")
         rng = random.Random(seed)
-        if self.pipeline == "fast":
-            return self._fast(data, size, magnitude, rng)
-        pixels = to_pixels(data)
-        top, left, height, width = crop_box(*pixels.shape[:2], self.scale, self.ratio, rng)
-        pixels = resize(pixels[top : top + height, left : left + width], self.base_size, self.interpolation)
-        pixels = self._augment(pixels, magnitude, rng)
-        return as_batch(pixels)[0] if self.operator == "fourier" else reduce(pixels, size, self.operator)
-
-    def _fast(self, data: bytes | Image.Image, size: int, magnitude: float | None, rng: random.Random) -> torch.Tensor:
-        side = self.base_size if self.operator == "fourier" else size
-        full = jpeg_size(data) if isinstance(data, bytes) else None
+        side = size if self.pipeline == "fast" and self.operator != "fourier" else self.base_size
+        full = jpeg_size(data) if self.pipeline == "fast" and isinstance(data, bytes) else None
         pixels = None if full else to_pixels(data)
         top, left, height, width = crop_box(*(full or pixels.shape[:2]), self.scale, self.ratio, rng)
         step = 1
@@ -118,13 +124,7 @@ class TrainTransform:
         rows = slice(top // step, -(-(top + height) // step))
         columns = slice(left // step, -(-(left + width) // step))
         pixels = resize(pixels[rows, columns], side, self.interpolation)
-        return as_batch(self._augment(pixels, magnitude, rng))[0]
-
-    def _augment(self, pixels: np.ndarray, magnitude: float | None, rng: random.Random) -> np.ndarray:
-        if rng.random() < self.flip:
-            pixels = cv2.flip(pixels, 1)
-        fill = self.randaugment.fill if self.randaugment else None
-        return apply_operations(pixels, self.draw_operations(magnitude, rng), fill)
+        return pixels, rng.random() < self.flip, self.draw_operations(magnitude, rng)
 
     def draw_operations(self, magnitude: float | None, rng: random.Random) -> list[Operation]:
         """The colour and geometry operations of one image: jitter, then RandAugment."""

@@ -100,10 +100,20 @@ def test_evaluation_normalises_and_crops(batch):
     torch.testing.assert_close(cropped, low_frequency_crop(expected, 20), rtol=0, atol=1e-5)
 
 
-def test_channels_last_stays(batch):
-    images = batch[0].contiguous(memory_format=torch.channels_last)
-    out, _ = Finish(10, base_size=32).train(images, batch[1], 32, SEEDS, 4)
-    assert out.is_contiguous(memory_format=torch.channels_last)
+@pytest.mark.parametrize("operator", ["lanczos", "fourier"])
+def test_memory_format_is_the_models_whatever_the_batch_has(batch, operator):
+    size = 24 if operator == "fourier" else 32
+    expected = Finish(10, base_size=32, operator=operator).train(*batch, size, SEEDS, 4)[0]
+    assert expected.is_contiguous()
+    for channels_last in (False, True):
+        wanted = torch.channels_last if channels_last else torch.contiguous_format
+        finish = Finish(10, base_size=32, operator=operator, channels_last=channels_last)
+        for given in (torch.channels_last, torch.contiguous_format):
+            images = batch[0].contiguous(memory_format=given)
+            out, _ = finish.train(images, batch[1], size, SEEDS, 4)
+            assert out.is_contiguous(memory_format=wanted)
+            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+            assert finish.evaluate(images, size).is_contiguous(memory_format=wanted)
 
 
 def test_bad_input_is_named(batch):
