@@ -66,7 +66,7 @@ class DeviceAugment:
 
 
 def encode(flip: bool, operations: Sequence[Operation], slots: int) -> np.ndarray:
-    """One image's choices as float64 (1 + 2 slots): whether it is flipped, then each operation's number and argument."""
+    """One image's choices as float64 (1 + 2 slots): whether to flip, then each operation's number and argument."""
     choices = np.full(1 + 2 * slots, -1.0)
     choices[0] = flip
     for slot, (name, args) in enumerate(operations):
