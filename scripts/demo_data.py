@@ -43,7 +43,7 @@ PHOTOS = {
     "rocket.jpg": (1, 2),
     "text.png": (1, 1),
 }
-BANDS = 5
+BANDS = 5  # training, validation, training, validation, training
 LONGEST_SIDE = 800  # larger photographs are reduced to it, so that crops of all show about as much
 SHORT_SIDE = 88  # of the images written
 CROP_SIDE = (48, 112)  # shorter side of the rectangle cut out, in pixels of the photograph
@@ -116,7 +116,7 @@ def cells(photo: str) -> list[tuple[str, Box]]:
 
 
 def bands(cell: Box) -> list[Box]:
-    """A cell cut in three along its longer side."""
+    """A cell cut in `BANDS` along its longer side, in order."""
     left, top, right, bottom = cell
     if right - left >= bottom - top:
         cuts = [left + (right - left) * i // BANDS for i in range(BANDS + 1)]
@@ -144,9 +144,10 @@ def rectangle(image: Image.Image, place: Box, rng: random.Random) -> Image.Image
     width, height = max(aspect, 1.0), max(1 / aspect, 1.0)  # the shorter side is 1
     cos, sin = math.cos(math.radians(abs(angle))), math.sin(math.radians(abs(angle)))
     around_width, around_height = width * cos + height * sin, width * sin + height * cos
-    largest = min(CROP_SIDE[1], (right - left - 1) / around_width, (bottom - top - 1) / around_height)
+    largest = min(CROP_SIDE[1], (right - left - 3) / around_width, (bottom - top - 3) / around_height)
     side = rng.uniform(min(CROP_SIDE[0], largest), largest)
-    around_width, around_height = math.ceil(side * around_width), math.ceil(side * around_height)
+    # a pixel more on each side: turning blends the edge with black
+    around_width, around_height = math.ceil(side * around_width) + 2, math.ceil(side * around_height) + 2
     x = rng.randint(left, right - around_width)
     y = rng.randint(top, bottom - around_height)
     around = image.crop((x, y, x + around_width, y + around_height)).rotate(angle, Image.Resampling.BICUBIC)
