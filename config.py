@@ -36,10 +36,18 @@ class RunConfig:
     """Rows of the papers' tables that this run reproduces, for scripts/results.py; they are in recipes/papers.json."""
     eval: bool = False
     """Evaluate the model of --resume (or --finetune) and exit."""
+    eval_data: str | None = None
+    """--eval: folder of class folders to score instead of the validation images (ImageNet-V2, -A, -R, ...)."""
+    real_labels: bool = False
+    """--eval: add the accuracy on ImageNet's reassessed labels (ReaL)."""
     eval_size: int | None = None
     """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
-    plan: Literal["none", "table", "json"] = "none"
-    """Print what the run would do and exit; needs no data if --num_images is given."""
+    plan: Literal["none", "table", "json", "picture"] = "none"
+    """Print what the run would do (picture: draw it, as plan.svg) and exit; no data needed if --num_images is given."""
+    devices: int | None = None
+    """Number of devices that --plan reckons with; default: those of this launch."""
+    speeds: str | None = None
+    """JSON file of measured speeds, {"images_per_s": {"96": ..., "224": ...}} of one device: --plan then tells time."""
     device: str = "auto"
     """cuda, cpu or mps; auto takes the best that is there."""
     seed: int = 0
@@ -135,9 +143,12 @@ class OptimConfig:
 
     batch_size: int = 4096
     """Images per optimizer step, over all devices; what is learnt depends on it, so it is the recipe's."""
-    micro_batch: int | None = None
+    micro_batch: int | Literal["auto"] | None = None
     """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
-    Default: a device's whole share."""
+    Default: a device's whole share. auto: as many as fit."""
+    forward_batch: dict[int, int] | None = None
+    """Most images of one forward pass, by input size; default: as many groups as cost what one costs at the base size.
+    --micro_batch auto finds them and notes them in config.yaml."""
     opt: str = "adamw"
     """Optimizer, by timm's names: adamw, lamb, sgd, ..."""
     lr: float = 4e-3

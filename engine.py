@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -126,37 +127,50 @@ def forward_loss(
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, loader: DataLoader, finish: Finish, size: int, device: torch.device, amp: str = "none"
-) -> dict[str, float]:
+    model: nn.Module,
+    loader: DataLoader,
+    finish: Finish,
+    size: int,
+    device: torch.device,
+    amp: str = "none",
+    columns: torch.Tensor | None = None,
+) -> dict[str, Any]:
     """Scores every image of ``loader``'s data set once, over all processes.
 
     Args:
         model: unwrapped, at input size ``size``.
         loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
+        columns: the model's output for each of the data set's classes, where the two differ.
 
     Returns:
-        ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5) and
-        ``images``, the number of distinct images scored.
+        ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5),
+        ``images``, the number of distinct images scored, and ``predictions``, the top class of each image, in order.
 
     Raises:
         RuntimeError: an image of the data set was left out or scored twice.
     """
     model.eval()
     sums = torch.zeros(3, device=device)
-    scored = torch.zeros(len(loader.dataset), dtype=torch.int32, device=device)
+    scored, predictions = torch.zeros(2, len(loader.dataset), dtype=torch.int32, device=device)
+    columns = None if columns is None else columns.to(device)
     for images, targets, indices in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast(device, amp):
             logits = model(finish.evaluate(images, size)).float()
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == targets[:, None]
+        logits = logits if columns is None else logits[:, columns]
+        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+        top = best == targets[:, None]
         sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), top[:, 0].sum(), top.sum()])
-        scored[indices.to(device)] += 1
-    all_sum(sums), all_sum(scored)
+        indices = indices.to(device)
+        scored[indices] += 1
+        predictions[indices] = best[:, 0].int()
+    all_sum(sums), all_sum(scored), all_sum(predictions)
     if not bool((scored == 1).all()):
         raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {len(scored)}")
     loss, top1, top5 = (sums.double() if device.type != "mps" else sums).tolist()
     count = len(scored)
-    return {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": count}
+    scores = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": count}
+    return {**scores, "predictions": predictions}
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import autobatch
 import checkpoints
 from config import Config, load_curriculum, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, build_plan, check_input_sizes, parse_duration, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import Source, build_source, eval_loader
-from engine import NonFiniteLoss, evaluate
-from inputs.transforms import EvalTransform
+from datasets import Source, build_source
+from engine import NonFiniteLoss
+from evaluation import evaluate_weights
 from models import create_model, load_weights
 from models.flops import count_flops
-from trainer import Trainer, make_finish
+from report import plan_picture
+from trainer import Trainer
 from utils import Topology, close_topology, die, init_topology
 
 
@@ -45,7 +50,7 @@ def main(argv: list[str]) -> int:
         with wrong_usage():
             topology = init_topology(config.device, config.deterministic)
         try:
-            return evaluate_only(config, topology) if config.eval else train(config, topology)
+            return evaluate_weights(config, topology) if config.eval else train(config, topology)
         finally:
             close_topology()
     except UsageError as error:
@@ -64,15 +69,11 @@ def train(config: Config, topology: Topology) -> int:
         sources = tuple(build_source(config.data_set, config.data_path, train=train) for train in (True, False))
         classes = number_of_classes(config, sources[0])
         plan = make_plan(config, len(sources[0]), classes)
-        sampler = CurriculumSampler(
-            plan,
-            seed=config.seed,
-            micro_batch=config.micro_batch,
-            rank=topology.rank,
-            world_size=topology.world_size,
-            even_groups=config.mixup > 0 or config.cutmix > 0,
-        )
     state = checkpoint_to_resume(config)
+    if config.micro_batch == "auto":
+        config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
+    with wrong_usage():
+        sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     first = plan.records[min(state["epoch"], len(plan) - 1) if state else 0]
     torch.manual_seed(derive_seed(config.seed))
     model = make_model(config, classes, first.input_size)
@@ -81,46 +82,45 @@ def train(config: Config, topology: Topology) -> int:
         if topology.is_main:
             print(report)
     if topology.is_main:
-        start_folder(Path(config.output_dir), config, make_summary(config, plan, classes))
+        start_folder(Path(config.output_dir), config, make_summary(config, plan, classes, sampler))
     return Trainer(config, topology, plan, sampler, model, sources, state).fit()
 
 
-def evaluate_only(config: Config, topology: Topology) -> int:
-    """Prints the accuracy of --resume's (or --finetune's) weights, and of their moving average if there is one."""
-    with wrong_usage():
-        path = config.resume or config.finetune
-        if path is None:
-            raise ValueError("--eval needs the weights to evaluate: --resume CHECKPOINT or --finetune FILE")
-        source = build_source(config.data_set, config.data_path, train=False)
-        classes = number_of_classes(config, source)
-        size = config.eval_size or config.input_size
-        model = make_model(config, classes, size)
-    finish = make_finish(config, classes, "lanczos")
-    transform = EvalTransform(size, size, "lanczos", config.crop_pct)
-    batch = config.micro_batch or max(1, config.batch_size // topology.world_size)
-    pin = topology.device.type == "cuda"
-    keys = ["model", "model_ema"] if config.resume and checkpoints.load(path)["model_ema"] else [None]
-    for key in keys:
-        load_weights(model, path, key=key)
-        model.to(topology.device)
-        loader = eval_loader(source, transform, batch, topology.rank, topology.world_size, config.num_workers, pin)
-        result = evaluate(model, loader, finish, size, topology.device, config.amp)
-        if topology.is_main:
-            print(json.dumps({"weights": key or "model", "eval_size": size, **result}))
-    return 0
-
-
 def show_plan(config: Config) -> int:
-    """``--plan``: what the run would do and cost, as a table or as one line of JSON. Needs data or --num_images."""
+    """``--plan``: what the run would do and cost, as a table, JSON or a picture. Needs data or --num_images."""
     with wrong_usage():
         num_images, classes = config.num_images, config.num_classes or 1000
         if num_images is None:
             source = build_source(config.data_set, config.data_path, train=True)
             num_images, classes = len(source), number_of_classes(config, source)
         plan = make_plan(config, num_images, classes)
-    summary = make_summary(config, plan, classes)
-    print(json.dumps(summary) if config.plan == "json" else table(summary, config.baseline_epochs))
+        sampler = None
+        if config.micro_batch != "auto":  # which is found when training starts
+            devices = config.devices or int(os.environ.get("WORLD_SIZE", 1))
+            sampler = make_sampler(config, plan, world_size=devices)
+        speeds = load_speeds(config.speeds) if config.speeds else None
+        summary = make_summary(config, plan, classes, sampler, speeds)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
+    if config.plan == "picture":
+        path = Path(config.output_dir or ".") / "plan.svg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(plan_picture(plan))
+        print(path)
+    else:
+        print(json.dumps(summary) if config.plan == "json" else table(summary, config.baseline_epochs))
     return 0
+
+
+def load_speeds(path: str) -> dict[int, float]:
+    """The file of measured speeds: images that one device trains per second, by input size."""
+    try:
+        speeds = json.loads(Path(path).read_text())["images_per_s"]
+        return {int(size): float(speed) for size, speed in speeds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(
+            f'--speeds {path} must be a file like {{"images_per_s": {{"96": 2500.0, "224": 480.0}}}}'
+        ) from None
 
 
 def make_plan(config: Config, num_images: int, classes: int) -> Plan:
@@ -151,11 +151,29 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
     return plan
 
 
-def make_summary(config: Config, plan: Plan, classes: int) -> dict[str, Any]:
+def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> CurriculumSampler:
+    return CurriculumSampler(
+        plan,
+        seed=config.seed,
+        micro_batch=config.micro_batch,
+        forward_batch=config.forward_batch,
+        rank=rank,
+        world_size=world_size,
+        even_groups=config.mixup > 0 or config.cutmix > 0,
+    )
+
+
+def make_summary(
+    config: Config,
+    plan: Plan,
+    classes: int,
+    sampler: CurriculumSampler | None,
+    images_per_s: dict[int, float] | None = None,
+) -> dict[str, Any]:
     """What the plan does and costs, with the model's parameters and FLOPs counted without computing anything."""
     sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
     flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
-    return summarize(plan, config.baseline_epochs, flops, params)
+    return summarize(plan, config.baseline_epochs, flops, params, sampler, images_per_s)
 
 
 def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
@@ -168,6 +186,26 @@ def number_of_classes(config: Config, source: Source) -> int:
     if config.num_classes is not None and config.num_classes < found:
         raise ValueError(f"--num_classes is {config.num_classes} but the data set has {found} classes")
     return config.num_classes or found
+
+
+def settle_micro_batch(
+    config: Config, plan: Plan, classes: int, topology: Topology, state: dict[str, Any] | None
+) -> dict[str, Any]:
+    """``--micro_batch auto`` in numbers: those of the run that is resumed, else what the devices were found to hold.
+
+    They belong to the run: other groups would mix other images.
+    """
+    if state is not None:
+        sizes = state["config"]["forward_batch"]
+        return {
+            "micro_batch": state["config"]["micro_batch"],
+            "forward_batch": sizes and {int(size): images for size, images in sizes.items()},
+        }
+    build = partial(make_model, config, classes)
+    micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
+    if topology.is_main:
+        print(f"--micro_batch auto: groups of {micro_batch}; most images at once by input size: {forward_batch}")
+    return {"micro_batch": micro_batch, "forward_batch": forward_batch}
 
 
 def checkpoint_to_resume(config: Config) -> dict[str, Any] | None:
