@@ -70,6 +70,13 @@ def all_sum(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def all_min(values: torch.Tensor) -> torch.Tensor:
+    """Minimum over all processes, in place; as it is with one process."""
+    if dist.is_initialized():
+        dist.all_reduce(values, op=dist.ReduceOp.MIN)
+    return values
+
+
 def barrier() -> None:
     if dist.is_initialized():
         dist.barrier()

@@ -41,6 +41,8 @@ class CurriculumSampler(Sampler):
         plan: from :func:`curriculum.build_plan`.
         seed: the run's seed.
         micro_batch: images per group; None gives each process one group per step at the base batch.
+        forward_batch: most images of one forward pass, by input size; default: as many groups as cost what one costs at
+            the base size.
         rank, world_size: this process and the number of processes.
         start_step: optimizer steps already done (resume).
         even_groups: whether groups must be even, since mixup and cutmix pair their images.
@@ -55,6 +57,7 @@ class CurriculumSampler(Sampler):
         *,
         seed: int = 0,
         micro_batch: int | None = None,
+        forward_batch: dict[int, int] | None = None,
         rank: int = 0,
         world_size: int = 1,
         start_step: int = 0,
@@ -62,12 +65,16 @@ class CurriculumSampler(Sampler):
     ) -> None:
         self.plan, self.seed, self.rank, self.world_size = plan, seed, rank, world_size
         self.micro_batch = _check_groups(plan.batch_size, micro_batch, world_size, 2 if even_groups else 1)
+        self.forward_batch = forward_batch or {}
         self.start_step = start_step
 
     def passes(self, epoch: Epoch) -> list[range]:
         """This process's groups of any optimizer step of ``epoch``, split into forward passes as even as can be."""
         share = epoch.batch_size // self.micro_batch // self.world_size
-        most = max(1, int((self.plan.base_size / epoch.input_size) ** 2 + 1e-9))
+        most = int((self.plan.base_size / epoch.input_size) ** 2 + 1e-9)
+        if epoch.input_size in self.forward_batch:
+            most = self.forward_batch[epoch.input_size] // self.micro_batch
+        most = max(1, most)
         count = -(-share // most)
         ends = [self.rank * share + share * i // count for i in range(count + 1)]
         return [range(a, b) for a, b in pairwise(ends)]

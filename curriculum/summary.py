@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from curriculum.plan import Plan
+from curriculum.plan import Epoch, Plan
+from curriculum.sampler import CurriculumSampler
 
 
 def summarize(
-    plan: Plan, baseline_epochs: float, flops: dict[int, float] | None = None, params: int | None = None
+    plan: Plan,
+    baseline_epochs: float,
+    flops: dict[int, float] | None = None,
+    params: int | None = None,
+    sampler: CurriculumSampler | None = None,
+    images_per_s: dict[int, float] | None = None,
 ) -> dict[str, Any]:
     """The plan as plain types.
 
@@ -16,62 +22,103 @@ def summarize(
         baseline_epochs: ordinary epochs at the base size that the speed-ups compare with.
         flops: forward multiply-adds of one image for each of the plan's input sizes.
         params: the model's parameters.
+        sampler: how an optimizer step is shared out over the devices; without it nothing is said about them.
+        images_per_s: what one device trains per second at each of the plan's input sizes, as measured.
 
     Returns:
-        What plan.json holds; ``speedup_flops``, ``params`` and ``flops`` are None where not given.
+        What plan.json holds. Of a stage: ``cost``, an image's relative to a full-size one (by FLOPs where they are
+        given, else by pixels); ``compute``, the stage's share of the run's; ``loader``, the images per second it asks
+        for relative to full-size training. Values that need what was not given are None.
+
+    Raises:
+        ValueError: no measured speed for one of the sizes.
     """
     records = list(plan)
+    work = flops or {size: float(size**2) for size in (plan.base_size, *(stage.input_size for stage in plan.stages))}
+    spent = sum(stage.steps * stage.batch_size * work[stage.input_size] for stage in plan.stages)
     stages = []
     for number, stage in enumerate(plan.stages):
-        magnitudes = [record.magnitude for record in records if record.stage == number]
+        epochs = [record for record in records if record.stage == number]
+        size, images = stage.input_size, stage.steps * stage.batch_size
         stages.append(
             {
-                "input_size": stage.input_size,
+                "input_size": size,
                 "passes": round(stage.passes, 4),
                 "steps": stage.steps,
-                "images": stage.steps * stage.batch_size,
-                "magnitude": [magnitudes[0], magnitudes[-1]],
+                "images": images,
+                "magnitude": [epochs[0].magnitude, epochs[-1].magnitude],
                 "lr": [plan.lr_at(stage.first_step), plan.lr_at(stage.first_step + stage.steps - 1)],
                 "progress": [stage.start, stage.stop],
                 "batch_size": stage.batch_size,
+                "flops": flops[size] if flops else None,
+                "cost": work[size] / work[plan.base_size],
+                "compute": images * work[size] / spent,
+                "loader": work[plan.base_size] / work[size],
+                **_sharing(epochs[0], sampler),
+                **_time(stage, sampler, images_per_s),
             }
         )
     equivalent_epochs = plan.equivalent_epochs(plan.total_steps)
-    total = {
-        "steps": plan.total_steps,
-        "images": sum(stage["images"] for stage in stages),
-        "passes": round(sum(stage.passes for stage in plan.stages), 4),
-        "equivalent_epochs": equivalent_epochs,
-        "speedup_pixels": baseline_epochs / equivalent_epochs,
-        "speedup_flops": None,
-        "params": params,
-        "flops": None,
-    }
-    if flops is not None:
-        total["flops"] = flops[plan.base_size]
-        spent = sum(stage.steps * stage.batch_size * flops[stage.input_size] for stage in plan.stages)
-        ordinary = baseline_epochs * (plan.num_images // plan.batch_size) * plan.batch_size * flops[plan.base_size]
-        total["speedup_flops"] = ordinary / spent
+    ordinary = baseline_epochs * (plan.num_images // plan.batch_size) * plan.batch_size * work[plan.base_size]
+    seconds = sum(stage["seconds"] for stage in stages) if images_per_s else None
     return {
         "curriculum": plan.curriculum.name,
         "base_size": plan.base_size,
         "epochs": plan.epochs,
         "num_images": plan.num_images,
         "batch_size": plan.batch_size,
+        "micro_batch": sampler.micro_batch if sampler else None,
+        "devices": sampler.world_size if sampler else None,
         "stages": stages,
-        "total": total,
+        "total": {
+            "steps": plan.total_steps,
+            "images": sum(stage["images"] for stage in stages),
+            "passes": round(sum(stage.passes for stage in plan.stages), 4),
+            "equivalent_epochs": equivalent_epochs,
+            "speedup_pixels": baseline_epochs / equivalent_epochs,
+            "speedup_flops": ordinary / spent if flops else None,
+            "params": params,
+            "flops": flops[plan.base_size] if flops else None,
+            "seconds": seconds,
+            "device_hours": seconds * sampler.world_size / 3600 if seconds is not None else None,
+        },
     }
 
 
+def _sharing(epoch: Epoch, sampler: CurriculumSampler | None) -> dict[str, int | None]:
+    """How a device takes its share of an optimizer step: images, forward passes, images of the largest of them."""
+    if sampler is None:
+        return {"images_per_device": None, "forward_passes": None, "forward_batch": None}
+    passes = sampler.passes(epoch)
+    return {
+        "images_per_device": epoch.batch_size // sampler.world_size,
+        "forward_passes": len(passes),
+        "forward_batch": max(len(groups) for groups in passes) * sampler.micro_batch,
+    }
+
+
+def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, float] | None) -> dict[str, float | None]:
+    """From measured speeds: seconds of the stage, and images per second that the loaders must bring, of all devices."""
+    if images_per_s is None:
+        return {"seconds": None, "images_per_s": None}
+    if stage.input_size not in images_per_s:
+        raise ValueError(
+            f"--speeds has no speed for input size {stage.input_size}: {sorted(images_per_s)} were measured"
+        )
+    speed = images_per_s[stage.input_size] * sampler.world_size
+    return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed}
+
+
 def table(summary: dict[str, Any], baseline_epochs: float) -> str:
-    """The summary as text for a terminal, one line per stage and the totals below."""
+    """The summary as text for a terminal: what is trained, what that costs, and the totals."""
     lines = [
         f"curriculum {summary['curriculum']}, {summary['epochs']:g} epochs at base size {summary['base_size']}, "
         f"{summary['num_images']:,} images",
         f"{'stage':>5} {'B':>5} {'progress':>15} {'passes':>8} {'steps':>9} {'images':>13} {'batch':>6} "
         f"{'magnitude':>11} {'learning rate':>19}",
     ]
-    for number, stage in enumerate(summary["stages"], 1):
+    stages, total = summary["stages"], summary["total"]
+    for number, stage in enumerate(stages, 1):
         first, last = stage["magnitude"]
         magnitude = "none" if first is None else f"{first:.1f} - {last:.1f}"
         start, stop = (100 * share for share in stage["progress"])
@@ -81,11 +128,12 @@ def table(summary: dict[str, Any], baseline_epochs: float) -> str:
             f"{stage['steps']:>9} {stage['images']:>13,} {stage['batch_size']:>6} {magnitude:>11} "
             f"{f'{low:.2e} - {high:.2e}':>19}"
         )
-    total = summary["total"]
     lines.append(
         f"{'total':>11} {'':>15} {total['passes']:>8.1f} {total['steps']:>9} {total['images']:>13,}   "
         f"= {total['equivalent_epochs']:.2f} full-size epochs"
     )
+    if summary["devices"]:
+        lines += _costs(summary)
     speedup = f"{total['speedup_pixels']:.2f}x by pixels"
     if total["speedup_flops"] is not None:
         speedup += f", {total['speedup_flops']:.2f}x by FLOPs"
@@ -93,3 +141,33 @@ def table(summary: dict[str, Any], baseline_epochs: float) -> str:
     if total["flops"] is not None:
         lines.append(f"model: {total['params'] / 1e6:.1f} M parameters, {total['flops'] / 1e9:.1f} G multiply-adds")
     return "\n".join(lines)
+
+
+def _costs(summary: dict[str, Any]) -> list[str]:
+    """The table's second half: each stage on the devices."""
+    timed = summary["total"]["seconds"] is not None
+    heading = (
+        f"{'stage':>5} {'B':>5} {'per device':>11} {'forward passes':>21} {'GFLOPs':>8} {'cost':>6} {'compute':>8}"
+    )
+    lines = [heading + (f" {'loader images/s':>16} {'hours':>8}" if timed else f" {'loader demand':>14}")]
+    for number, stage in enumerate(summary["stages"], 1):
+        passes = f"{stage['forward_passes']} of {stage['forward_batch']} images"
+        flops = "" if stage["flops"] is None else f"{stage['flops'] / 1e9:.2f}"
+        line = (
+            f"{number:>5} {stage['input_size']:>5} {stage['images_per_device']:>11} {passes:>21} {flops:>8} "
+            f"{stage['cost']:>6.2f} {100 * stage['compute']:>6.1f} %"
+        )
+        if timed:
+            line += f" {stage['images_per_s']:>16,.0f} {stage['seconds'] / 3600:>8.2f}"
+        else:
+            line += f" {stage['loader']:>13.1f}x"
+        lines.append(line)
+    lines.append(
+        f"{summary['devices']} device{'s' * (summary['devices'] > 1)}, groups of {summary['micro_batch']} images"
+        + (
+            f": {summary['total']['seconds'] / 3600:.2f} hours, {summary['total']['device_hours']:.1f} device-hours"
+            if timed
+            else "; loader demand: images per second, relative to full-size training on the same devices"
+        )
+    )
+    return lines
