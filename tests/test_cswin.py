@@ -11,11 +11,6 @@ SMALL = {"embed_dim": 16, "depths": (1, 1, 2, 1), "num_heads": (2, 2, 4, 4), "nu
 extended = pytest.mark.extended
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def small(**kwargs):
     torch.manual_seed(0)
     return timm.create_model("cswin_tiny", **{**SMALL, **kwargs})

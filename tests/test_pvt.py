@@ -12,11 +12,6 @@ import models.pvt  # noqa: F401 (registers the models)
 SMALL = {"embed_dims": (8, 16, 20, 32), "num_heads": (1, 2, 5, 8), "depths": (1, 2, 1, 2), "num_classes": 5}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def small(**kwargs):
     torch.manual_seed(0)
     model = timm.create_model("pvt_tiny", **{**SMALL, **kwargs})

@@ -53,11 +53,6 @@ ALL = [(name, int(size)) for name in GOLDEN for size in golden("forward")["model
 DEIT = {"img_size": 64, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
-
-
 def official_state(name, size):
     return filled(official_shapes(name, size if name.startswith(("deit", "swin")) else None))
 
@@ -212,6 +207,20 @@ def test_release_checkpoint(tmp_path):
     assert content["args"].device == "cuda" and not isinstance(
         content["optimizer"]["param_groups"][0]["lr"], np.generic
     )
+
+
+def test_older_torch(tmp_path, monkeypatch):
+    """torch 2.4 has neither safe_globals nor the list of what a file asks for."""
+    if not hasattr(torch.serialization, "safe_globals"):
+        pytest.skip("this is such a torch")
+    before = set(torch.serialization.get_safe_globals())
+    monkeypatch.delattr(torch.serialization, "safe_globals")
+    monkeypatch.delattr(torch.serialization, "get_unsafe_globals_in_checkpoint", raising=False)
+    content = {"model": deit(seed=1).state_dict(), "args": argparse.Namespace(lr=np.float64(1))}
+    assert not load_weights(deit(), saved(tmp_path / "x.pth", content)).random
+    with pytest.raises(ValueError, match=r"refused, it asks for pathlib\S+Path; only"):
+        load_weights(deit(), saved(tmp_path / "x.pth", {**content, "more": Path("/")}))
+    assert set(torch.serialization.get_safe_globals()) == before
 
 
 def rewrite(source, target, old, new):
