@@ -59,7 +59,9 @@ def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
         "seed": seed,
     }
     command = [sys.executable, str(ROOT / "main.py")]
-    subprocess.run([*command, *(str(part) for key, value in flags.items() for part in (f"--{key}", value))], check=True)
+    command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
+    if code := subprocess.run(command).returncode:
+        sys.exit(code)  # main.py has said why
 
 
 def result(folder: Path) -> dict[str, float]:
