@@ -68,6 +68,13 @@ CONVNEXT = Layout(
         (r"^head\.fc\.", "head."),
     ),
 )
+CONVNEXT_ISOTROPIC = Layout(
+    "isotropic ConvNeXt (authors')",
+    frozenset({"stem.weight", "blocks.0.dwconv.weight"}),
+    ((r"\.dwconv\.", ".conv_dw."), (r"\.pwconv([12])\.", r".mlp.fc\1.")),
+    timm_marks=frozenset({"stem.weight", "blocks.0.conv_dw.weight"}),
+    from_timm=((r"\.conv_dw\.", ".dwconv."), (r"\.mlp\.fc([12])\.", r".pwconv\1.")),
+)
 SWIN = Layout(
     "Swin (authors')",
     frozenset({"layers.0.downsample.reduction.weight", "patch_embed.proj.weight"}),
@@ -158,9 +165,9 @@ SHARED = [
     Layout("ViT (DeiT, MAE, timm)", frozenset({"patch_embed.proj.weight", "blocks.0.attn.qkv.weight"})),
     Layout("ResNet (torchvision, timm)", frozenset({"conv1.weight", "layer1.0.conv1.weight", "layer1.0.bn1.weight"})),
 ]
-LAYOUTS = [CONVNEXT, SWIN, METAFORMER, TORCHVISION_CONVNEXT, TORCHVISION_SWIN, TORCHVISION_VIT, MAE, *SHARED]
+_OFFICIAL = [CONVNEXT, CONVNEXT_ISOTROPIC, SWIN, METAFORMER, *SHARED]
+LAYOUTS = [TORCHVISION_CONVNEXT, TORCHVISION_SWIN, TORCHVISION_VIT, MAE, *_OFFICIAL]
 TIMM = Layout("timm's", frozenset())
-_OFFICIAL = [CONVNEXT, SWIN, METAFORMER, *SHARED]
 
 
 def recognise(names: Mapping[str, Tensor]) -> Layout:
