@@ -12,7 +12,7 @@ from torch import nn
 from curriculum.skeleton import Skeleton
 
 _TORCH_OWN = frozenset(vars(nn.Module()))  # attributes of every module: parameters, buffers, hooks, training, ...
-_TRIES = 6  # sizes that are looked at on either side of one that does not work
+_TRIES = 8  # sizes that are looked at on either side of one that does not work
 _PLAIN = (int, float, str, bool, tuple, list, type(None))
 
 
@@ -100,20 +100,28 @@ def _refusal(model, size):
         multiple = getattr(model, "size_multiple", 1)
         if size % multiple:
             return "its windows would need padding"
-    for device in ("meta", "cpu"):  # a few models compute with values in forward, so that only a real pass tells
-        try:
-            if device == "cpu" and _on_meta(model):
-                clone = model.rebuild(size)
-            else:
-                clone = _copy_on(model, device).eval()
-                _resize(clone, size)
-            dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
-            with torch.no_grad(), _fork_rng():
-                clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
-            return None
-        except Exception as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    reason = _attempt(model, size, "meta")
+    if reason is not None:
+        present = _present_size(model)
+        # A few models compute with values in forward, which meta tensors lack at any size: only a real pass tells.
+        if present in (None, size) or _attempt(model, present, "meta") is not None:
+            reason = _attempt(model, size, "cpu")
     return reason
+
+
+def _attempt(model, size, device):
+    """Resize a copy on the device and run it. Why that failed, or None."""
+    try:
+        if device == "cpu" and _on_meta(model):
+            clone = model.rebuild(size).eval()
+        else:
+            clone = _copy_on(model, device).eval()
+            _resize(clone, size)
+        dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
+        with torch.no_grad(), _fork_rng():
+            clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
+    except Exception as error:
+        return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _pair(value):
@@ -122,6 +130,7 @@ def _pair(value):
 
 def _copy_on(model, device):
     """A deep copy on another device, without copying values first where the device is 'meta'."""
+    _drop_caches(model)
     tensors = [*model.parameters(), *model.buffers()]
     memo = {id(t): _like(t, t.detach().to(device, copy=True)) for t in tensors}
     return copy.deepcopy(model, memo)

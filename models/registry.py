@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import os
 import re
 import sys
@@ -140,7 +141,7 @@ def _call(name, factory, options):
                 if key == "drop_path_rate" and value > 0:
                     raise ValueError(f"--drop_path {value}: {name} has none; use --drop_path 0") from error
                 if key not in ("drop_path_rate", "img_size"):
-                    raise ValueError(f"{name} has no setting {key} ({error})") from error
+                    raise ValueError(f"{name} does not let one set {key} ({error})") from error
         except (AssertionError, ArithmeticError, IndexError, RuntimeError) as error:
             size = options.get("img_size")
             raise ValueError(f"input size {size}: {name} cannot be built for it ({error})") from error
@@ -155,6 +156,9 @@ def _size_multiple(model):
         return 16
     stages = getattr(model, "feature_info", None)
     if stages and isinstance(stages[-1], dict) and "reduction" in stages[-1]:
-        return stages[-1]["reduction"]
+        stride = stages[-1]["reduction"]
+        native = getattr(model, "pretrained_cfg", {}).get("input_size", (3, stride, stride))[-1]
+        common = math.gcd(stride, native)  # some round up, LeViT's last map is 4 x 4 of 224 / 64
+        return common if common >= 8 else 16
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 16)
     return patch[0] if isinstance(patch, tuple) else patch
