@@ -100,6 +100,8 @@ class ModelConfig:
     """More keyword arguments of the model's constructor, e.g. {ls_init_value: 1e-6}."""
     finetune: str | None = None
     """Weights to start from: a file (ours or anyone's), a URL or a hub name."""
+    linear_probe: bool = False
+    """Train the classifier alone, on a body that neither learns nor draws (with --finetune)."""
     head_init_scale: float = 1.0
     """Factor on the head's initial weights when fine-tuning gives the model a new head (ConvNeXt: 0.001)."""
     model_ema: bool = False

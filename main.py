@@ -22,11 +22,11 @@ from curriculum.sampler import derive_seed
 from datasets import Source, build_source
 from engine import NonFiniteLoss
 from evaluation import evaluate_weights
-from models import create_model, load_weights
+from models import create_model, freeze_body, load_weights
 from models.flops import count_flops
 from report import plan_picture
 from trainer import Trainer
-from utils import Topology, close_topology, die, init_topology
+from utils import STOPPED, Topology, close_topology, die, init_topology, stays_stopped
 
 
 class UsageError(ValueError):
@@ -66,6 +66,8 @@ def train(config: Config, topology: Topology) -> int:
     with wrong_usage():
         if not config.output_dir:
             raise ValueError("--output_dir is not set: name the folder for checkpoints and logs")
+        if stays_stopped(Path(config.output_dir), topology):
+            return STOPPED
         sources = tuple(build_source(config.data_set, config.data_path, train=train) for train in (True, False))
         classes = number_of_classes(config, sources[0])
         plan = make_plan(config, len(sources[0]), classes)
@@ -74,13 +76,16 @@ def train(config: Config, topology: Topology) -> int:
         config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
     with wrong_usage():
         sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-    first = plan.records[min(state["epoch"], len(plan) - 1) if state else 0]
+    done = state["step"] if state else 0
+    last, _ = plan.locate(max(done - 1, 0))  # a checkpoint's weights are at the size that was trained last
     torch.manual_seed(derive_seed(config.seed))
-    model = make_model(config, classes, first.input_size)
+    model = make_model(config, classes, last.input_size)
     if config.finetune and state is None:
         report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
         if topology.is_main:
             print(report)
+    if config.linear_probe:
+        freeze_body(model)
     if topology.is_main:
         start_folder(Path(config.output_dir), config, make_summary(config, plan, classes, sampler))
     return Trainer(config, topology, plan, sampler, model, sources, state).fit()
