@@ -68,7 +68,7 @@ def check_input_sizes(model, sizes):
             continue
         near = " and ".join(str(near) for near in nearest_sizes(model, size))
         multiple = getattr(model, "size_multiple", 16)
-        hint = f"the nearest that work: {near}" if near else f"use a multiple of {multiple}"
+        hint = f"the nearest that work: {near}" if near else "nor any size near it"
         name = type(model).__name__
         raise ValueError(f"input size {size}: {name} (size multiple {multiple}) cannot take it ({reason}); {hint}")
 
@@ -113,10 +113,10 @@ def _attempt(model, size, device):
     """Resize a copy on the device and run it. Why that failed, or None."""
     try:
         if device == "cpu" and _on_meta(model):
-            clone = model.rebuild(size).eval()
+            clone = model.rebuild(_present_size(model)).eval()
         else:
             clone = _copy_on(model, device).eval()
-            _resize(clone, size)
+        _resize(clone, size)
         dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
         with torch.no_grad(), _fork_rng():
             clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))

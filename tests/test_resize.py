@@ -272,17 +272,16 @@ def test_nearest_sizes():
 # Wrappers
 
 
-def train_across_sizes(rank, world_size, compiled, rendezvous, results):
-    """SGD steps at 96 and 160 on this rank's share of a batch of 8, wrapped anew for each size."""
+def train_across_sizes(rank, world_size, wrap, rendezvous, results):
+    """SGD steps at 96 and 160 on this rank's share of a batch of 8, the model wrapped anew for each size."""
     torch.set_num_threads(1)
-    if world_size > 1:
+    if rendezvous:
         torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
     model = build(DEIT, 96)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for size in (96, 160):
         set_input_size(model, size, optimizer)
-        wrapped = nn.parallel.DistributedDataParallel(model) if world_size > 1 else model
-        wrapped = torch.compile(wrapped, backend="eager") if compiled else wrapped
+        wrapped = WRAPPERS[wrap](model)
         images = torch.randn(8, 3, size, size, generator=torch.Generator().manual_seed(size))[rank::world_size]
         labels = (torch.arange(8) % 5)[rank::world_size]
         for _ in range(2):
@@ -290,18 +289,35 @@ def train_across_sizes(rank, world_size, compiled, rendezvous, results):
             optimizer.step()
             optimizer.zero_grad()
         del wrapped  # its hooks on the parameters go with it
-    torch.save(model.state_dict(), f"{results}/{world_size}-{compiled}-{rank}.pt")
-    if world_size > 1:
+    if rendezvous:
         torch.distributed.destroy_process_group()
+    torch.save(model.state_dict(), f"{results}/{wrap}-{rank}.pt")
 
 
-def test_two_processes_and_compiled_models_train_across_sizes(tmp_path):
-    """DDP over two processes, and torch.compile, end with the weights of one plain process."""
-    train_across_sizes(0, 1, False, None, tmp_path)
-    train_across_sizes(0, 1, True, None, tmp_path)
-    torch.multiprocessing.spawn(train_across_sizes, (2, False, tmp_path / "meet", tmp_path), nprocs=2)
-    plain = torch.load(tmp_path / "1-False-0.pt")
-    for name in ("1-True-0", "2-False-0", "2-False-1"):
-        other = torch.load(tmp_path / f"{name}.pt")
+WRAPPERS = {
+    "plain": lambda model: model,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "ddp": nn.parallel.DistributedDataParallel,
+}
+
+
+def same_weights(results, *names):
+    plain = torch.load(results / "plain-0.pt")
+    for name in names:
+        other = torch.load(results / f"{name}.pt")
         for key, value in plain.items():
             assert torch.allclose(value, other[key], atol=1e-5), (name, key)
+
+
+def test_wrappers_are_renewed_for_each_size(tmp_path):
+    train_across_sizes(0, 1, "plain", None, tmp_path)
+    train_across_sizes(0, 1, "compiled", None, tmp_path)
+    train_across_sizes(0, 1, "ddp", tmp_path / "meet", tmp_path)
+    same_weights(tmp_path, "compiled-0", "ddp-0")
+
+
+@pytest.mark.extended
+def test_two_processes_end_with_the_weights_of_one(tmp_path):
+    train_across_sizes(0, 1, "plain", None, tmp_path)
+    torch.multiprocessing.spawn(train_across_sizes, (2, "ddp", tmp_path / "meet", tmp_path), nprocs=2)
+    same_weights(tmp_path, "ddp-0", "ddp-1")
