@@ -18,6 +18,7 @@ import os
 import random
 import shutil
 import sys
+from functools import lru_cache
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -88,6 +89,7 @@ def build(out: Path, seed: int, train: int, val: int) -> dict[str, int]:
     return counts
 
 
+@lru_cache
 def load(photo: str) -> Image.Image:
     """A photograph from the installed scikit-image, RGB, its longer side at most LONGEST_SIDE."""
     package = find_spec("skimage")

@@ -127,6 +127,7 @@ def test_errors_are_one_line(monkeypatch, tmp_path, capsys):
     assert exit_.value.code == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path} already holds something else")
     monkeypatch.setattr(demo_data, "find_spec", lambda name: None)
+    demo_data.load.cache_clear()
     monkeypatch.setattr(sys, "argv", ["demo_data.py", str(tmp_path / "new")])
     with pytest.raises(SystemExit):
         demo_data.main()
