@@ -118,6 +118,12 @@ class Finish:
                 targets = torch.cat(mixed)
         return images, targets
 
+    def pixels(self, images: torch.Tensor) -> torch.Tensor:
+        """The inverse of the normalization: float (N, 3, S, S) -> uint8, clipped, for people to look at."""
+        shape = (1, -1, 1, 1)
+        mean, scale = (images.new_tensor(values).view(shape) for values in (self.mean, self.scale))
+        return (images / scale + mean).round().clamp(0, 255).to(torch.uint8)
+
     def evaluate(self, images: torch.Tensor, size: int) -> torch.Tensor:
         """uint8 (N, 3, S, S) -> float32 (N, 3, size, size): normalised, and under ``fourier`` the spectrum cropped.
 
