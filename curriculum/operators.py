@@ -136,10 +136,10 @@ def _fourier_axis(length: int, size: int, dtype: torch.dtype, device: torch.devi
         x = torch.arange(size, dtype=torch.float64, device="cpu") / size
         k = torch.arange(-(size // 2), (size + 1) // 2, dtype=torch.float64, device="cpu")
         terms = torch.cos(2 * math.pi * (x[: size // parts, None, None] - u[: length // parts, None]) * k) / length
-        matrices = tuple(terms[..., k % parts == part].sum(dim=-1).to(device, dtype) for part in range(parts))
+        matrices = tuple(terms[..., k % parts == part].sum(dim=-1).to(dtype).to(device) for part in range(parts))
         nyquist = torch.sin(math.pi * size * u) / length * (size % 2 == 0)
         sign = 1 - 2 * (torch.arange(size, device="cpu") % 2)
-        return _FourierAxis(matrices, nyquist.to(device, dtype), sign.to(device, dtype))
+        return _FourierAxis(matrices, nyquist.to(dtype).to(device), sign.to(dtype).to(device))
 
 
 def _apply_axes(images: torch.Tensor, rows: _FourierAxis, columns: _FourierAxis) -> torch.Tensor:
@@ -180,7 +180,7 @@ def _lanczos_matrix(length: int, size: int, dtype: torch.dtype, device: torch.de
         target = (torch.arange(size, dtype=torch.float64, device="cpu") + 0.5) * (length / size)
         distance = (pixel[None, :] - target[:, None]) / (length / size)
         weight = torch.where(distance.abs() < 3, torch.sinc(distance) * torch.sinc(distance / 3), 0.0)
-        return (weight / weight.sum(dim=1, keepdim=True)).to(device, dtype)
+        return (weight / weight.sum(dim=1, keepdim=True)).to(dtype).to(device)
 
 
 def _lanczos(x: torch.Tensor, size: int) -> torch.Tensor:
