@@ -7,6 +7,6 @@ set -euo pipefail
 cd "$ROOT"
 case " $* " in
 *" --data"* | *" -h "* | *" --help "*) ;;
-*) "$PYTHON" scripts/demo_data.py data/demo ;;
+*) "$PYTHON" scripts/demo_data.py data/demo --val 100 ;;
 esac
 exec "$PYTHON" scripts/demo.py "$@"
