@@ -41,6 +41,7 @@ class Training:
     smoothing: float = 0.0
     channels_last: bool = False
     step: int = 0
+    watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
     loss: LossMeter = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,6 +117,8 @@ def forward_loss(
     images, targets = images.to(t.device, non_blocking=True), targets.to(t.device, non_blocking=True)
     seeds = [derive_seed(seed, GROUP, step, group) for group in groups]
     images, targets = t.finish.train(images, targets, size, seeds, t.sampler.micro_batch)
+    if t.watch is not None:
+        t.watch(images)
     if t.channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout

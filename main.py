@@ -19,12 +19,12 @@ import checkpoints
 from config import Config, load_curriculum, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, build_plan, check_input_sizes, parse_duration, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import Source, build_source
+from datasets import end_workers, Source, build_source
 from engine import NonFiniteLoss
 from evaluation import evaluate_weights
 from models import create_model, freeze_body, load_weights
 from models.flops import count_flops
-from report import plan_picture
+from report import environment, plan_picture
 from trainer import Trainer
 from utils import STOPPED, Topology, close_topology, die, init_topology, stays_stopped
 
@@ -52,6 +52,7 @@ def main(argv: list[str]) -> int:
         try:
             return evaluate_weights(config, topology) if config.eval else train(config, topology)
         finally:
+            end_workers()
             close_topology()
     except UsageError as error:
         return die(error, 2)
@@ -87,7 +88,7 @@ def train(config: Config, topology: Topology) -> int:
     if config.linear_probe:
         freeze_body(model)
     if topology.is_main:
-        start_folder(Path(config.output_dir), config, make_summary(config, plan, classes, sampler))
+        start_folder(Path(config.output_dir), config, topology, plan, make_summary(config, plan, classes, sampler))
     return Trainer(config, topology, plan, sampler, model, sources, state).fit()
 
 
@@ -225,11 +226,14 @@ def checkpoint_to_resume(config: Config) -> dict[str, Any] | None:
     return found[1]
 
 
-def start_folder(output: Path, config: Config, summary: dict[str, Any]) -> None:
-    """The resolved configuration and the plan, beside the checkpoints."""
+def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, summary: dict[str, Any]) -> None:
+    """The resolved configuration, the plan and what the run runs on, beside the checkpoints."""
     output.mkdir(parents=True, exist_ok=True)
     (output / "config.yaml").write_text(to_yaml(config))
     (output / "plan.json").write_text(json.dumps(summary) + "\n")
+    (output / "plan.svg").write_text(plan_picture(plan))
+    about = environment(topology.device, topology.world_size)
+    (output / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
     print(table(summary, config.baseline_epochs), flush=True)
 
 
