@@ -2,11 +2,14 @@
 
 import copy
 import math
+import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from timm.layers import PatchEmbed
 from torch import nn
 
 from curriculum.skeleton import Skeleton
@@ -93,8 +96,8 @@ def _refusal(model, size):
     if not isinstance(size, int) or size < 1:
         return "sizes are positive whole numbers of pixels"
     patch = getattr(model, "patch_embed", None)
-    side, *_ = _pair(getattr(patch, "patch_size", 1))
-    if size % side and not getattr(patch, "dynamic_img_pad", False):
+    if isinstance(patch, PatchEmbed) and not patch.dynamic_img_pad and size % patch.patch_size[0]:
+        side = patch.patch_size[0]
         return f"its patches of {side} pixels would leave {size % side} out"
     if hasattr(model, "set_input_size") and any(hasattr(part, "window_size") for part in model.modules()):
         multiple = getattr(model, "size_multiple", 1)
@@ -121,7 +124,10 @@ def _attempt(model, size, device):
         with torch.no_grad(), _fork_rng():
             clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
     except Exception as error:
-        return (str(error).strip() or type(error).__name__).splitlines()[0]
+        if str(error).strip():
+            return str(error).strip().splitlines()[0]
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
+        return f"{type(error).__name__} at {frames[-1].line}"  # an assertion without a message: what it asserts
 
 
 def _pair(value):
