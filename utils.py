@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -9,11 +10,13 @@ import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+STOP_NOTE = "stopped.json"
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
 
@@ -138,6 +141,30 @@ class StopVote:
         votes = torch.tensor([float(self.requested)])
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
         return decided
+
+
+def leave_stop_note(output: Path, step: int) -> None:
+    """Says in the output folder that the run was stopped on purpose: torchrun turns a worker's exit code into 1."""
+    temporary = output / (STOP_NOTE + ".tmp")
+    temporary.write_text(json.dumps({"step": step, "exit_code": STOPPED}) + "\n")
+    os.replace(temporary, output / STOP_NOTE)
+
+
+def stays_stopped(output: Path, topology: Topology) -> bool:
+    """Whether this worker was started again by torchrun after a stop, and so has to exit at once.
+
+    A new launch goes on instead: it removes the note.
+    """
+    note = output / STOP_NOTE
+    if not note.exists():
+        return False
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+        if topology.is_main:
+            print(f"stopped: {note} says so; launch the command again to go on", flush=True)
+        return True
+    if topology.is_main:
+        note.unlink(missing_ok=True)
+    return False
 
 
 def die(message: str, code: int = 1) -> int:

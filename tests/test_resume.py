@@ -1,0 +1,128 @@
+"""A run that is killed and started again ends bit-identical to one that was not, around a stage boundary too."""
+
+import signal
+from functools import partial
+
+import pytest
+import torch
+from conftest import Run, flags, same
+from processes import Program, kill_after_epoch, kill_after_step
+
+import checkpoints
+from curriculum import build_plan
+
+# A Transformer, whose weights, moments and moving average change shape at the boundary; everything random is on.
+SETTINGS = {
+    "model": "test_vit",
+    "model_ema": True,
+    "model_ema_decay": 0.9,
+    "drop_path": 0.2,
+    "clip_grad": 1.0,
+    "amp": "bf16",
+    "save_interval": "3 steps",
+}
+BOUNDARY = 9  # optimizer steps of the first stage; the second ends at 17
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, tmp_path_factory, main_program):
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert main_program(flags(output_dir=output, data_path=folder, **SETTINGS)) == 0
+    return Run(output).result()
+
+
+def test_boundary():
+    plan = build_plan("efficienttrain++", epochs=2, num_images=48, batch_size=8, base_size=64)
+    assert [stage.first_step for stage in plan.stages] == [0, BOUNDARY, 17]
+
+
+@pytest.mark.parametrize(
+    "fault, resumed_from, more",
+    [
+        (partial(kill_after_step, BOUNDARY - 1), 6, {}),
+        (partial(kill_after_epoch, 1), BOUNDARY, {"num_workers": 2}),
+        (partial(kill_after_step, BOUNDARY + 5), BOUNDARY + 3, {}),
+    ],
+    ids=["before", "at", "after"],
+)
+def test_killed_around_a_stage_boundary(folder, tmp_path, undisturbed, fault, resumed_from, more):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, **more})
+    assert Program(argv, tmp_path / "first", fault=fault).wait() == -signal.SIGKILL
+    assert Run(tmp_path / "run").state()["step"] == resumed_from
+    second = Program(argv, tmp_path / "second")
+    assert second.wait() == 0
+    assert f"step {resumed_from}" in second.output.splitlines()[0]
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
+def test_killed_again_and_again(folder, tmp_path, undisturbed):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, "save_interval": "1 steps"})
+    for step in (2, 9, 10, 18, 22):
+        assert Program(argv, tmp_path / f"log{step}", fault=partial(kill_after_step, step)).wait() == -signal.SIGKILL
+        assert Run(tmp_path / "run").state()["step"] == step - 1
+    assert Program(argv, tmp_path / "last").wait() == 0
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
+def test_killed_before_the_first_checkpoint(folder, tmp_path, undisturbed):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
+    assert Program(argv, tmp_path / "first", fault=partial(kill_after_step, 2)).wait() == -signal.SIGKILL
+    assert Program(argv, tmp_path / "second").wait() == 0
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
+@pytest.mark.parametrize("tamper", ["weight", "moment", "seed"])
+def test_a_run_that_did_not_go_on_exactly_is_noticed(folder, tmp_path, undisturbed, tamper, main_program):
+    """Negative control: one number of the checkpoint changed, or another seed, and the end differs."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
+    assert Program(argv, tmp_path / "first", fault=partial(kill_after_epoch, 1)).wait() == -signal.SIGKILL
+    path = tmp_path / "run" / "checkpoint-last.pth"
+    state = checkpoints.load(path)
+    if tamper == "weight":
+        state["model"]["pos_embed"].view(-1)[0] += 1e-6
+    elif tamper == "moment":
+        state["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-6
+    else:
+        argv += ["--seed", "1"]
+    checkpoints.save(path, state)
+    (tmp_path / "run" / f"checkpoint-{BOUNDARY}.pth").unlink()
+    assert main_program(argv) == 0
+    assert not same(Run(tmp_path / "run").result(), undisturbed)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_stopped_by_a_signal(folder, tmp_path, undisturbed, number):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS, **{"log_interval": "1 steps"})
+    first = Program(argv, tmp_path / "first")
+    first.wait_for("step 5/")
+    first.signal(number)
+    assert first.wait() == 75
+    assert "stopped by a signal" in first.output
+    assert 5 <= Run(tmp_path / "run").state()["step"] < 22
+    assert (tmp_path / "run" / "stopped.json").exists()
+    assert Program(argv, tmp_path / "second").wait() == 0
+    assert not (tmp_path / "run" / "stopped.json").exists()
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
+def test_log_of_later_steps_is_cut_back(folder, tmp_path, main_program):
+    """A kill between the record and the checkpoint leaves a record too many; it is written again, not twice."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, save_interval="1 steps", keep_checkpoints=100)
+    assert main_program(argv) == 0
+    whole = Run(tmp_path / "run").result()
+    for path in (tmp_path / "run").glob("checkpoint-*.pth"):
+        if path.name != "checkpoint-8.pth":
+            path.unlink()
+    with open(tmp_path / "run" / "log.txt", "a") as file:
+        file.write('{"epoch": 5, "st')  # cut short
+    assert main_program(argv) == 0
+    assert same(Run(tmp_path / "run").result(), whole)
+
+
+def test_old_auto_resume_false_starts_again(folder, tmp_path, main_program):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder)
+    assert main_program(argv) == 0
+    first = Run(tmp_path / "run").result()
+    assert main_program([*argv, "--auto_resume", "false", "--seed", "1"]) == 0
+    assert not same(Run(tmp_path / "run").result(), first)
+    assert torch.is_tensor(Run(tmp_path / "run").state()["model"]["stem.weight"])
