@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import bench_index
 import bench_input
 import torch
 
@@ -150,6 +151,12 @@ def main() -> None:
     command.add_argument("--repetitions", type=positive, default=5)
     command.add_argument("--seed", type=int, default=0, help="of the choice of images")
     command.set_defaults(run=bench_input.run)
+
+    command = commands.add_parser("index", help=bench_index.run.__doc__)
+    command.add_argument("--images", type=positive, default=13_000_000)
+    command.add_argument("--classes", type=positive, default=19_167)
+    command.add_argument("--workers", type=positive, default=4)
+    command.set_defaults(run=bench_index.run)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")

@@ -1,4 +1,4 @@
-"""The input benchmark on a handful of images: its table, its JSON, its errors."""
+"""The benchmarks of input and index in small: their tables, their JSON, their errors."""
 
 import argparse
 import importlib
@@ -39,3 +39,13 @@ def test_ratios_and_differences(bench_input, tmp_path, capsys):
 def test_a_folder_without_images(bench_input, tmp_path):
     with pytest.raises(SystemExit, match="--data_path"):
         bench_input.run(options(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+def test_simulated_index(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    bench_index = importlib.import_module("bench_index")
+    monkeypatch.setattr(bench_index, "LOOKUPS", 2000)
+    result = bench_index.run(argparse.Namespace(images=50_000, classes=70, workers=2))
+    assert result["images"] == 50_000 and result["opened_s"] < 2 and result["worker_private_mb"] < 50
+    sys.modules.pop("bench_index")
