@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
 from curriculum import Epoch, Plan
 
 
 class RunLog:
     """``log.txt`` and ``tensorboard/`` in the output folder. With ``folder`` None (other processes) it does nothing.
+
+    A full or broken disk does not end the run: records that could not be written are kept and written with the next.
 
     Args:
         folder: the output folder.
@@ -26,11 +31,12 @@ class RunLog:
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.path = folder / "log.txt" if folder else None
+        self.waiting = ""
         self.board = None
         if folder is None:
             return
         self._cut(step)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step)
+        self.board = Board(folder / "tensorboard", step)
 
     def _cut(self, step: int) -> None:
         records = read_log(self.path) if self.path.exists() else []
@@ -42,22 +48,75 @@ class RunLog:
         """Appends one epoch's record and draws its numbers."""
         if self.path is None:
             return
-        with open(self.path, "a") as file:
-            file.write(json.dumps(record) + "\n")
-        for key, value in record.items():
-            if isinstance(value, float | int) and key != "step":
-                self.board.add_scalar(f"epoch/{key}", value, record["step"])
-        self.board.flush()
+        self.waiting += json.dumps(record) + "\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error.strerror}); tried again with the next", flush=True)
+        numbers = {key: value for key, value in record.items() if isinstance(value, float | int) and key != "step"}
+        self.board.draw(record["step"], {f"epoch/{key}": value for key, value in numbers.items()})
+
+    def _write_waiting(self) -> None:
+        """All of it or, on an error, nothing: half a line would spoil the next one."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size, content = os.fstat(handle).st_size, self.waiting.encode()
+            try:
+                if os.write(handle, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+        self.waiting = ""
 
     def interval(self, step: int, scalars: dict[str, float]) -> None:
         """Draws the numbers of a log interval."""
         if self.board is not None:
-            for key, value in scalars.items():
-                self.board.add_scalar(f"train/{key}", value, step)
+            self.board.draw(step, {f"train/{key}": value for key, value in scalars.items()})
 
     def close(self) -> None:
-        if self.board is not None:
-            self.board.close()
+        """Raises OSError if records are still not written."""
+        if self.path is not None and self.waiting:
+            self._write_waiting()
+
+
+class Board:
+    """TensorBoard curves. Written here and now: tensorboardX's SummaryWriter leaves it to a thread, and blocks the
+    training for ever once that thread has met a full disk."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.writer = None
+        try:
+            folder.mkdir(exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            # Of the run before, TensorBoard hides what comes after the checkpoint.
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self.writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def draw(self, step: int, scalars: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        try:
+            for key, value in scalars.items():
+                self._write(Event(step=step, summary=scalar(key, value)))
+            self.writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.writer.write_event(event)
+
+    def _give_up(self, error: OSError) -> None:
+        print(
+            f"warning: no more TensorBoard curves from here on ({error.strerror}); log.txt has the numbers", flush=True
+        )
+        self.writer = None
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

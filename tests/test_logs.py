@@ -1,0 +1,209 @@
+"""log.txt and TensorBoard survive kills and full disks; the progress line and the ETA say what is true."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from tensorboardX.proto.event_pb2 import Event
+
+import logs
+from curriculum import build_plan
+from logs import Progress, RunLog, duration_text, progress_line, read_log
+
+
+def record(step, **more):
+    return {"epoch": step, "step": step, "train_loss": 1.5, **more}
+
+
+def steps(folder):
+    return [entry["step"] for entry in read_log(folder / "log.txt")]
+
+
+def curves(folder):
+    """{tag: [(step, value)]} of the event files, read from their own format: length, checksum, event, checksum."""
+    found = {}
+    for path in sorted((folder / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            for value in event.summary.value:
+                found.setdefault(value.tag, []).append((event.step, value.simple_value))
+            data = data[16 + length :]
+    return found
+
+
+def test_records_and_curves(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.interval(1, {"loss": 2.0})
+    log.epoch(record(3, magnitude=None, test_acc1=50.0))
+    log.interval(4, {"loss": 1.0})
+    log.epoch(record(6))
+    log.close()
+    assert [json.loads(line) for line in (tmp_path / "log.txt").read_text().splitlines()] == [
+        record(3, magnitude=None, test_acc1=50.0),
+        record(6),
+    ]
+    assert curves(tmp_path) == {
+        "train/loss": [(1, 2.0), (4, 1.0)],
+        "epoch/epoch": [(3, 3.0), (6, 6.0)],
+        "epoch/train_loss": [(3, 1.5), (6, 1.5)],
+        "epoch/test_acc1": [(3, 50.0)],
+    }
+
+
+def test_curves_can_be_read_while_the_run_goes_on(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.interval(1, {"loss": 2.0})
+    assert curves(tmp_path) == {"train/loss": [(1, 2.0)]}
+    log.close()
+
+
+@pytest.mark.parametrize("step, kept", [(0, []), (3, [3]), (5, [3]), (6, [3, 6]), (99, [3, 6, 9])])
+def test_resume_cuts_back(tmp_path, step, kept):
+    log = RunLog(tmp_path, 0)
+    for number in (3, 6, 9):
+        log.epoch(record(number))
+    with open(tmp_path / "log.txt", "a") as file:
+        file.write('{"epoch": 12, "st')
+    RunLog(tmp_path, step).close()
+    assert steps(tmp_path) == kept
+    assert (tmp_path / "log.txt").read_text().count("\n") == len(kept)
+
+
+def test_other_processes_write_nothing(tmp_path):
+    log = RunLog(None, 0)
+    log.epoch(record(1))
+    log.interval(1, {"loss": 1.0})
+    log.close()
+    assert not list(tmp_path.iterdir())
+
+
+class FullDisk:
+    """os.write that writes ``room`` bytes and then fails, as a full disk does."""
+
+    def __init__(self, room):
+        self.room, self.original = room, os.write
+
+    def __call__(self, handle, content):
+        if self.room <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.original(handle, content[: self.room])
+        self.room -= written
+        return written
+
+
+@pytest.mark.parametrize("room", [0, 1, 30])
+def test_full_disk_loses_no_record(tmp_path, monkeypatch, capsys, room):
+    log = RunLog(tmp_path, 0)
+    log.epoch(record(1))
+    monkeypatch.setattr(logs.os, "write", FullDisk(room))
+    log.epoch(record(2))
+    log.epoch(record(3))
+    assert steps(tmp_path) == [1] and (tmp_path / "log.txt").read_text().endswith("}\n")
+    assert "log.txt cannot be written (No space left on device)" in capsys.readouterr().out
+    with pytest.raises(OSError, match="No space left"):
+        log.close()
+    monkeypatch.undo()
+    log.epoch(record(4))
+    assert steps(tmp_path) == [1, 2, 3, 4]
+
+
+def test_tensorboard_on_a_full_disk_does_not_stop_or_block_the_run(tmp_path, monkeypatch, capsys):
+    log = RunLog(tmp_path, 0)
+
+    def fail(_event):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(log.board.writer, "write_event", fail)
+    for number in range(50):  # more than any queue
+        log.interval(number, {"loss": 1.0})
+    log.epoch(record(1))
+    assert steps(tmp_path) == [1]
+    assert capsys.readouterr().out.count("no more TensorBoard curves") == 1
+
+
+class Clock:
+    """A perf_counter that stands still until told."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(logs, "time", clock)
+    return clock
+
+
+def test_eta_knows_that_stages_differ_in_speed(clock):
+    plan = build_plan("efficienttrain++", epochs=10, num_images=100, batch_size=10)  # stages of 96, 160 and 224
+    first, second, third = plan.stages
+    progress = Progress(plan)
+    epoch = plan.records[0]
+    assert progress.eta(0, epoch, 0) == float("inf")
+
+    def train(steps, seconds):
+        for _ in range(steps):
+            progress.step()
+        clock.now += seconds
+        return progress.interval(epoch)
+
+    assert train(10, 20.0) == pytest.approx(5)  # 10 steps of 10 images in 20 s
+    # Of the other stages nothing is known: in proportion to their pixels.
+    expected = 2 * (first.steps - 10) + 2 * second.steps * (160 / 96) ** 2 + 2 * third.steps * (224 / 96) ** 2
+    assert progress.eta(10, epoch, 0) == pytest.approx(expected)
+    progress.evaluation_seconds = 7.0
+    assert progress.eta(10, epoch, 3) == pytest.approx(expected + 21)
+    # Once the second stage was measured, its own speed counts, and the last follows from it.
+    epoch = plan.locate(second.first_step)[0]
+    progress.evaluation_seconds = 0
+    train(5, 50.0)
+    step = second.first_step + 5
+    expected = 10 * (second.steps - 5) + 10 * third.steps * (224 / 160) ** 2
+    assert progress.eta(step, epoch, 0) == pytest.approx(expected)
+    assert progress.eta(plan.total_steps, epoch, 0) == 0
+
+
+def test_what_is_not_training_does_not_count_as_slow(clock):
+    plan = build_plan("none", epochs=2, num_images=100, batch_size=10)
+    progress = Progress(plan)
+    progress.step()
+    clock.now += 60  # an evaluation
+    progress.mark()
+    progress.step()
+    clock.now += 2
+    assert progress.interval(plan.records[0]) == pytest.approx(5)
+
+
+def test_progress_line():
+    plan = build_plan("efficienttrain++", epochs=10, num_images=100, batch_size=10)
+    epoch = plan.records[1]
+    line = progress_line(plan, epoch, 15, 2.5, 1.5e-3, 1234.5, 3725, torch.device("cpu"))
+    for part in ("stage 1/3", f"epoch 2/{len(plan)}", f"step 15/{plan.total_steps}", "B 96", "loss 2.5000"):
+        assert part in line
+    for part in (f"m {epoch.magnitude:.1f}", "lr 1.50e-03", "1,234 images/s", "GiB", "eta 1:02:05"):
+        assert part in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [
+        (0, "0:00"),
+        (75, "1:15"),
+        (59.7, "1:00"),
+        (3600, "1:00:00"),
+        (90000, "1 d 1:00:00"),
+        (86400, "1 d 0:00:00"),
+        (float("inf"), "unknown"),
+    ],
+)
+def test_durations_as_text(seconds, text):
+    assert duration_text(seconds) == text
