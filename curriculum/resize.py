@@ -1,21 +1,20 @@
 """Change the input size of a live model: the same object trains on, with its optimizer's moments and its EMA."""
 
 import copy
-import math
 import traceback
 import warnings
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from torch import nn
 
+from curriculum.resample import resample, resample_state
 from curriculum.skeleton import Skeleton
 
 _TORCH_OWN = frozenset(vars(nn.Module()))  # attributes of every module: parameters, buffers, hooks, training, ...
-_TRIES = 8  # sizes that are looked at on either side of one that does not work
 _PLAIN = (int, float, str, bool, tuple, list, type(None))
 
 
@@ -47,7 +46,7 @@ def set_input_size(model, size, optimizer=None, ema=None):
     check_input_sizes(model, [size])
     changed = _resize(model, size)
     for parameter, old_shape, new_shape, scale in changed if optimizer is not None else ():
-        _resize_state(optimizer.state, parameter, old_shape, new_shape, scale)
+        resample_state(optimizer.state, parameter, old_shape, new_shape, scale)
     if optimizer is not None:
         optimizer.zero_grad(set_to_none=True)
     model.zero_grad(set_to_none=True)
@@ -58,76 +57,85 @@ def set_input_size(model, size, optimizer=None, ema=None):
     return bool(changed)
 
 
+class InputSizeError(ValueError):
+    """A model cannot take an input size; `nearest` lists those around it that it takes, 0 to 2."""
+
+    def __init__(self, message, nearest):
+        super().__init__(message)
+        self.nearest = nearest
+
+
 def check_input_sizes(model, sizes):
     """See that a model takes every one of `sizes`: a copy without values makes a forward pass; nothing changes.
 
     Raises:
-        ValueError: naming the size, the reason, the multiple that sizes should be of, and the nearest sizes that work.
+        InputSizeError: naming the size, the reason, what sizes should be a multiple of, and the nearest that work.
     """
     _refuse_wrapped(model)
+    trial = _Trial(model)
     for size in sizes:
-        reason = _refusal(model, size)
+        reason = trial.refusal(size)
         if reason is None:
             continue
-        near = " and ".join(str(near) for near in nearest_sizes(model, size))
-        multiple = getattr(model, "size_multiple", 16)
-        hint = f"the nearest that work: {near}" if near else "nor any size near it"
-        name = type(model).__name__
-        raise ValueError(f"input size {size}: {name} (size multiple {multiple}) cannot take it ({reason}); {hint}")
-
-
-def nearest_sizes(model, size):
-    """The nearest input sizes below and above `size` that the model takes; those that could be found, so 0 to 2."""
-    multiple, present = getattr(model, "size_multiple", 16), _present_size(model) or size
-    candidates = {multiple * k for k in range(1, 2 * size // multiple + _TRIES)}
-    candidates |= {present * k // 8 for k in range(2, 17)}
-    found = []
-    for direction in (-1, 1):
-        near = sorted((c for c in candidates if (c - size) * direction > 0), key=lambda c: abs(c - size))[:_TRIES]
-        found += [next((c for c in near if _refusal(model, c) is None), None)]
-    return [c for c in found if c is not None]
+        nearest = trial.nearest(size)
+        hint = f"the nearest that work: {' and '.join(map(str, nearest))}" if nearest else "nor any size near it"
+        name = f"{type(model).__name__} (size multiple {getattr(model, 'size_multiple', 16)})"
+        raise InputSizeError(f"input size {size}: {name} cannot take it ({reason}); {hint}", nearest)
 
 
 # The check
 
 
-def _refusal(model, size):
-    """Why the model cannot take the size, or None."""
-    if not isinstance(size, int) or size < 1:
-        return "sizes are positive whole numbers of pixels"
-    patch = getattr(model, "patch_embed", None)
-    if isinstance(patch, PatchEmbed) and not patch.dynamic_img_pad and size % patch.patch_size[0]:
-        side = patch.patch_size[0]
-        return f"its patches of {side} pixels would leave {size % side} out"
-    if hasattr(model, "set_input_size") and any(hasattr(part, "window_size") for part in model.modules()):
-        multiple = getattr(model, "size_multiple", 1)
-        if size % multiple:
+class _Trial:
+    """Finds out which input sizes a model takes, on copies of it."""
+
+    def __init__(self, model):
+        self.model = model
+        self.present = _present_size(model)
+
+    def refusal(self, size):
+        """Why the model cannot take the size, or None."""
+        if not isinstance(size, int) or size < 1:
+            return "sizes are positive whole numbers of pixels"
+        patch = getattr(self.model, "patch_embed", None)
+        if isinstance(patch, PatchEmbed) and not patch.dynamic_img_pad and size % patch.patch_size[0]:
+            side = patch.patch_size[0]
+            return f"its patches of {side} pixels would leave {size % side} out"
+        windowed = any(hasattr(part, "window_size") for part in self.model.modules())
+        if windowed and hasattr(self.model, "set_input_size") and size % getattr(self.model, "size_multiple", 1):
             return "its windows would need padding"
-    reason = _attempt(model, size, "meta")
-    if reason is not None:
-        present = _present_size(model)
+        reason = self.attempt(size, "meta")
         # A few models compute with values in forward, which meta tensors lack at any size: only a real pass tells.
-        if present in (None, size) or _attempt(model, present, "meta") is not None:
-            reason = _attempt(model, size, "cpu")
-    return reason
+        return self.attempt(size, "cpu") if reason is not None and not self.runs_on_meta else reason
 
+    @cached_property
+    def runs_on_meta(self):
+        return self.present is not None and self.attempt(self.present, "meta") is None
 
-def _attempt(model, size, device):
-    """Resize a copy on the device and run it. Why that failed, or None."""
-    try:
-        if device == "cpu" and _on_meta(model):
-            clone = model.rebuild(_present_size(model)).eval()
-        else:
-            clone = _copy_on(model, device).eval()
-        _resize(clone, size)
-        dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
-        with torch.no_grad(), _fork_rng():
-            clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
-    except Exception as error:
-        if str(error).strip():
-            return str(error).strip().splitlines()[0]
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
-        return f"{type(error).__name__} at {frames[-1].line}"  # an assertion without a message: what it asserts
+    def attempt(self, size, device):
+        """Resize a copy on the device and run it. Why that failed, or None."""
+        model = self.model
+        try:
+            clone = model.rebuild(self.present) if device == "cpu" and _on_meta(model) else _copy_on(model, device)
+            _resize(clone.eval(), size)
+            dtype = next((p.dtype for p in clone.parameters() if p.is_floating_point()), torch.float32)
+            with torch.no_grad(), _fork_rng():
+                clone(torch.zeros(2, getattr(model, "in_chans", 3), size, size, dtype=dtype, device=device))
+        except Exception as error:
+            if str(error).strip():
+                return str(error).strip().splitlines()[0]
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
+            return f"{type(error).__name__} at {frames[-1].line}"  # an assertion without a message: what it asserts
+
+    def nearest(self, size):
+        """The nearest sizes below and above that work: of the next two multiples, the present size and its half."""
+        multiple, present = getattr(self.model, "size_multiple", 16), self.present or size
+        first = size // multiple * multiple
+        near = {first + multiple * k for k in (-2, -1, 0, 1, 2)} | {present, present // 2}
+        below = sorted((c for c in near if 0 < c < size), reverse=True)
+        above = sorted(c for c in near if c > size)
+        found = [next((c for c in side if self.refusal(c) is None), None) for side in (below, above)]
+        return [c for c in found if c is not None]
 
 
 def _pair(value):
@@ -238,11 +246,16 @@ def _graft(model, was, new):
                 continue
             if isinstance(value, torch.Tensor):
                 setattr(live, name, _follow(getattr(live, name), getattr(old, name), value))
-            elif isinstance(value, _PLAIN) and value != vars(old).get(name):
+            elif _is_plain(value) and value != vars(old).get(name):
                 setattr(live, name, value)
         for name, value in part._buffers.items():
             live._buffers[name] = _follow(live._buffers[name], old._buffers[name], value)
     return dict(new.named_parameters(remove_duplicate=False))
+
+
+def _is_plain(value):
+    """Numbers, strings, and tuples and lists of them: what sizes are kept in."""
+    return isinstance(value, _PLAIN) and (not isinstance(value, (tuple, list)) or all(map(_is_plain, value)))
 
 
 def _follow(live, old, new):
@@ -250,72 +263,3 @@ def _follow(live, old, new):
     if new is None or (old.shape == new.shape and (new.is_meta or torch.equal(old, new))):
         return live
     return new.to(device=live.device, dtype=live.dtype)
-
-
-# Values
-
-
-def resample(tensor, old_shape, new_shape, scale=None):
-    """Resample a tensor of position embeddings or biases from one grid to another.
-
-    Layouts, told apart by which axes differ: (1, P + g^2, D) with P class or register tokens in front, which are kept;
-    (r^2 + E, heads), a bias table whose last E rows (BEiT's class tokens) are kept; (..., g^2, ...); (..., g, g, ...);
-    (2 g - 1, D), one axis of a decomposed bias table. A length that can be read in several ways is read as the one that
-    follows `scale`.
-
-    Args:
-        tensor: of shape `old_shape`.
-        new_shape: as many axes, other lengths on one axis or on two neighbouring ones.
-        scale: new input size / old input size.
-
-    Returns:
-        Tensor of `new_shape` and the same dtype: bilinear (linear on one axis), align_corners=False, not antialiased.
-    """
-    axes = [axis for axis, (old, new) in enumerate(zip(old_shape, new_shape, strict=True)) if old != new]
-    if len(axes) == 2 and axes[1] == axes[0] + 1:
-        old_grid, new_grid, kept = [old_shape[a] for a in axes], [new_shape[a] for a in axes], 0
-    elif len(axes) == 1:
-        old_grid, new_grid, kept = _grids(old_shape[axes[0]], new_shape[axes[0]], scale)
-    else:
-        raise ValueError(f"no rule resamples {tuple(old_shape)} to {tuple(new_shape)}")
-    axis = axes[0]
-    lead = tensor.shape[:axis]
-    flat = tensor.reshape(*lead, -1, *tensor.shape[axes[-1] + 1 :])
-    length = flat.shape[axis]
-    in_front = len(old_shape) >= 3  # class tokens come first in an embedding, last in a table
-    head = flat.narrow(axis, 0, kept if in_front else 0)
-    tail = flat.narrow(axis, length - kept if not in_front else length, 0 if in_front else kept)
-    body = flat.narrow(axis, kept if in_front else 0, length - kept).movedim(axis, -1)
-    planes = body.reshape(1, -1, *old_grid).float()
-    mode = "bilinear" if len(new_grid) == 2 else "linear"
-    planes = F.interpolate(planes, size=tuple(new_grid), mode=mode, align_corners=False)
-    body = planes.reshape(*body.shape[:-1], -1).movedim(-1, axis).to(tensor.dtype)
-    return torch.cat([head, body, tail], dim=axis).reshape(new_shape).contiguous()
-
-
-def _grids(old, new, scale):
-    """Read two lengths of one axis as grids: (old grid, new grid, entries that are no positions)."""
-    readings = [([old], [new], 0)]
-    for kept in range(9):
-        sides = math.isqrt(max(old - kept, 0)), math.isqrt(max(new - kept, 0))
-        if min(sides) > 0 and sides[0] ** 2 + kept == old and sides[1] ** 2 + kept == new:
-            readings.append(([sides[0]] * 2, [sides[1]] * 2, kept))
-    if scale is None:
-        return readings[min(1, len(readings) - 1)]
-
-    def misfit(reading):
-        (a, *_), (b, *_), _ = reading  # a grid of g grows with the image, a bias table of 2 g - 1 is one short of it
-        return min(abs(math.log(b / a / scale)), abs(math.log((b + 1) / (a + 1) / scale)))
-
-    return min(readings, key=misfit)
-
-
-def _resize_state(state, parameter, old_shape, new_shape, scale):
-    """Let an optimizer's state of one parameter follow it."""
-    entries = state.get(parameter, {})
-    tensors = {key: value for key, value in entries.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
-    if any(tuple(value.shape) != old_shape for value in tensors.values()):
-        state.pop(parameter)  # factored moments and the like: the optimizer starts them anew
-        return
-    for key, value in tensors.items():
-        entries[key] = resample(value, old_shape, new_shape, scale)

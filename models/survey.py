@@ -16,7 +16,7 @@ import timm
 import torch
 from timm.utils import ModelEmaV3
 
-from curriculum.resize import check_input_sizes, nearest_sizes, set_input_size
+from curriculum.resize import InputSizeError, check_input_sizes, set_input_size
 from curriculum.skeleton import Skeleton
 
 from .registry import create_model
@@ -152,8 +152,8 @@ def sizes_for(name):
         size = max(1, round(wanted / model.size_multiple)) * model.size_multiple if fraction < 1 else native
         try:
             check_input_sizes(model, [size])
-        except ValueError:
-            near = [near for near in nearest_sizes(model, size) if near < native]
+        except InputSizeError as error:
+            near = [near for near in error.nearest if near < native]
             if not near:
                 raise
             size = min(near, key=lambda near: abs(near - wanted))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from curriculum.resize import resample
+from curriculum.resample import resample
 
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
 from .heads import classifier_names

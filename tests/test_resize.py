@@ -13,7 +13,8 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from curriculum import check_input_sizes, set_input_size
-from curriculum.resize import nearest_sizes, resample
+from curriculum.resample import resample
+from curriculum.resize import InputSizeError
 from models import create_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -265,8 +266,17 @@ def test_sizes_that_do_not_fit_are_refused_and_nothing_changes(kind, size, messa
     assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
-def test_nearest_sizes():
-    assert nearest_sizes(build(("tests.sized_models:crossvit", {}), 240), 171) == [120, 240]
+def test_the_nearest_sizes_are_at_hand():
+    with pytest.raises(InputSizeError) as refused:
+        check_input_sizes(build(("tests.sized_models:crossvit", {}), 240), [171])
+    assert refused.value.nearest == [120, 240]
+
+
+def test_an_assertion_without_a_message_is_quoted():
+    with pytest.raises(
+        ValueError, match=r"AssertionError at assert x.shape\[-1\] in \(32, 64\).*nearest that work: 32 and 64"
+    ):
+        check_input_sizes(build(("tests.sized_models:picky", {}), 32), [48])
 
 
 # Wrappers
