@@ -1,0 +1,144 @@
+"""Several processes: the same run as one, to float tolerance, and every image scored once."""
+
+import json
+import os
+import subprocess
+import sys
+from multiprocessing.util import Finalize
+
+import pytest
+import torch
+from conftest import ROOT, Run, flags, write_images
+from processes import free_port, world
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+
+import trainer
+
+# Mixing and erasing are on. Off is what draws per forward pass or looks at the whole batch: drop path and BatchNorm.
+SETTINGS = {"model_ema": True, "model_ema_decay": 0.9, "clip_grad": 1.0, "micro_batch": 2, "eval_interval": "1 steps"}
+MODELS = {"convnet": "test_convnext", "transformer": "test_vit"}
+
+
+def torchrun(argv, processes=2, timeout=150):
+    """A real ``torchrun``; returns (exit code, its output)."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+    command += ["--master_addr", "127.0.0.1", "--master_port", str(free_port()), "main.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout)
+    return done.returncode, done.stdout + done.stderr
+
+
+def assert_close(a, b):
+    """Weights, moving average and moments to float tolerance, and the log's losses and scores."""
+    for key in ("model", "model_ema"):
+        for name, value in a.state()[key].items():
+            torch.testing.assert_close(value, b.state()[key][name], rtol=2e-4, atol=2e-5, msg=f"{key} {name}")
+    for one, other in zip(a.log(), b.log(), strict=True):
+        assert one["step"] == other["step"] and one["images"] == other["images"]
+        assert one["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+        if "test_loss" in one:
+            assert one["test_loss"] == pytest.approx(other["test_loss"], rel=1e-4)
+            assert one["eval_images"] == other["eval_images"] == 15
+            assert abs(one["test_acc1"] - other["test_acc1"]) < 7  # one of 15 on the edge
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_two_processes_end_like_one(folder, tmp_path, main_program, kind):
+    """Under a real torchrun; the Transformer's position embedding is resized at each of the two switches."""
+
+    def argv(name, **more):
+        settings = {"model": MODELS[kind], "output_dir": tmp_path / name, "data_path": folder, **SETTINGS, **more}
+        return flags(**settings)
+
+    code, output = torchrun(argv("two"))
+    assert code == 0, output
+    assert output.count("stage 1/3  epoch 1/") == 1  # one process speaks
+    assert main_program(argv("one")) == 0
+    one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
+    assert {record["input_size"] for record in two.log()} == {32, 48, 64}
+    assert_close(one, two)
+    if kind == "transformer":  # negative control: what the tolerance is there for is far smaller than another seed
+        assert main_program([*argv("other"), "--seed", "1"]) == 0
+        with pytest.raises(AssertionError):
+            assert_close(one, Run(tmp_path / "other"))
+
+
+def test_four_processes_and_accumulation(folder, tmp_path, main_program):
+    """Four processes of one group each, and two that accumulate two: forked, which is faster than torchrun."""
+    settings = {"model": "tests.tiny_models:plain", "data_path": folder, **SETTINGS}
+    for size in (4, 2):
+        for program in world(flags(output_dir=tmp_path / f"run{size}", **settings), tmp_path / f"log{size}", size):
+            assert program.wait() == 0, program.output
+    assert main_program(flags(output_dir=tmp_path / "run1", **settings)) == 0
+    for size in (4, 2):
+        assert_close(Run(tmp_path / "run1"), Run(tmp_path / f"run{size}"))
+
+
+def test_gradients_are_reduced_once_per_step(folder, tmp_path):
+    """Accumulating two passes: as many reductions as optimizer steps, counted in the process."""
+    argv = flags(
+        output_dir=tmp_path / "run",
+        data_path=folder,
+        model="tests.tiny_models:plain",
+        curriculum="none",
+        micro_batch=2,
+        epochs=1,
+    )
+    for program in world(argv, tmp_path / "log", 2, faults={0: count_reductions, 1: count_reductions}):
+        assert program.wait() == 0, program.output
+        assert "gradient reductions: 6" in program.output
+
+
+def count_reductions():
+    """Counts DDP's reductions through its communication hook, and tells them at the end."""
+    count, original = [0], trainer.wrap
+
+    def wrap(model, topology, compile_model):
+        wrapped = original(model, topology, compile_model)
+
+        def hook(state, bucket):
+            count[0] += 1
+            return default_hooks.allreduce_hook(state, bucket)
+
+        wrapped.register_comm_hook(None, hook)
+        return wrapped
+
+    trainer.wrap = wrap
+    Finalize(None, lambda: print(f"gradient reductions: {count[0]}", flush=True), exitpriority=9)
+
+
+def test_batchnorm_is_evaluated_with_the_first_process_s_statistics(folder, tmp_path, main_program, capsys):
+    """Every process scores its share with the same model, that of the checkpoint."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, model_ema=True, epochs=1)
+    for program in world(argv, tmp_path / "log", 2):
+        assert program.wait() == 0, program.output
+    run = Run(tmp_path / "run")
+    capsys.readouterr()
+    assert main_program(flags(data_path=folder, eval=True, resume=run.output / "checkpoint-last.pth")) == 0
+    raw, ema = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    assert raw["loss"] == pytest.approx(run.log()[-1]["test_loss"], abs=1e-5)
+    assert ema["loss"] == pytest.approx(run.log()[-1]["test_loss_ema"], abs=1e-5)
+
+
+@pytest.mark.parametrize("images", [1, 7, 15])
+def test_each_image_is_scored_once_whatever_the_share(folder, tmp_path, images):
+    """Also when there are fewer than processes, so that one of them has none."""
+    data = tmp_path / "data"
+    write_images(data / "train", [8])
+    write_images(data / "val", [images])
+    argv = flags(output_dir=tmp_path / "run", data_path=data, epochs=2, model_ema=True, curriculum="none")
+    for program in world(argv, tmp_path / "log", 2):
+        assert program.wait() == 0, program.output
+    assert Run(tmp_path / "run").log()[-1]["eval_images"] == images
+
+
+def test_a_batch_that_does_not_share_out(folder, tmp_path):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, batch_size=8, micro_batch=8)
+    for rank, program in enumerate(world(argv, tmp_path / "log", 2)):
+        assert program.wait() == 2
+        lines = program.output.strip().splitlines()
+        assert lines == [
+            f"error: [rank {rank}] --micro_batch 8 does not divide --batch_size 8 into equal shares for 2 processes; "
+            "nearest that do: 4"
+        ]
+    assert not (tmp_path / "run").exists()
