@@ -178,27 +178,24 @@ def _resize(model, size):
     if size == old_size:
         return []
     before = dict(model.named_parameters(remove_duplicate=False))
+    shapes = {}  # of the parameters that change theirs
     with _fork_rng():
         if hasattr(model, "set_input_size"):
             model.set_input_size(img_size=(size, size))
             after = dict(model.named_parameters(remove_duplicate=False))
+            shapes = {name: after[name].shape for name in before if after[name].shape != before[name].shape}
         elif getattr(model, "takes_size", False):
             with torch.device("meta") if _on_meta(model) else nullcontext(), Skeleton():
                 fresh = model.rebuild(old_size), model.rebuild(size)
-            after = _graft(model, *fresh)
-        else:
-            after = before
-    if after.keys() != before.keys():
-        raise ValueError(f"its parameters are others at {size}: {', '.join(sorted(after.keys() ^ before.keys())[:3])}")
+            shapes = _graft(model, *fresh)
     changed = {}
     for name, parameter in before.items():
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        shape = tuple(after[name].shape)
-        if tuple(parameter.shape) != shape and parameter not in changed:
+        if name in shapes and parameter not in changed:
             if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)):
-                raise ValueError(f"{name} mixes positions and cannot be resampled to {shape}")
-            change = (tuple(parameter.shape), shape, size / old_size if old_size else None)
+                raise ValueError(f"{name} mixes positions and cannot be resampled to {tuple(shapes[name])}")
+            change = (tuple(parameter.shape), tuple(shapes[name]), size / old_size if old_size else None)
             _replace(parameter, resample(parameter.data, *change))
             changed[parameter] = change
         owner._parameters[leaf] = parameter
@@ -235,22 +232,34 @@ def _present_size(model):
 
 
 def _graft(model, was, new):
-    """Give `model` what differs between two fresh models, of its present size and the new. Returns new's parameters."""
+    """Give `model` what differs between two fresh models, one of its present size and one of the new.
+
+    Returns:
+        {name: shape} of the parameters whose shape differs between the two.
+    """
     parts, old_parts = dict(model.named_modules()), dict(was.named_modules())
+    like = next(model.parameters())
     for path, part in new.named_modules():
         live, old = parts.get(path), old_parts.get(path)
-        if type(live) is not type(part) or type(old) is not type(part):
+        if type(old) is not type(part):
             raise ValueError(f"its layer {path} is another at this size")
+        if type(live) is not type(part):
+            continue  # a layer that was replaced since, such as another head
         for name, value in vars(part).items():
             if name in _TORCH_OWN:
                 continue
             if isinstance(value, torch.Tensor):
-                setattr(live, name, _follow(getattr(live, name), getattr(old, name), value))
+                setattr(live, name, _follow(getattr(live, name), getattr(old, name), value, like))
             elif _is_plain(value) and value != vars(old).get(name):
                 setattr(live, name, value)
         for name, value in part._buffers.items():
-            live._buffers[name] = _follow(live._buffers[name], old._buffers[name], value)
-    return dict(new.named_parameters(remove_duplicate=False))
+            live._buffers[name] = _follow(live._buffers[name], old._buffers[name], value, like)
+    old_shapes = {name: parameter.shape for name, parameter in was.named_parameters()}
+    new_shapes = {name: parameter.shape for name, parameter in new.named_parameters()}
+    if old_shapes.keys() != new_shapes.keys():
+        others = ", ".join(sorted(old_shapes.keys() ^ new_shapes.keys())[:3])
+        raise ValueError(f"it has other parameters at this size: {others}")
+    return {name: shape for name, shape in new_shapes.items() if shape != old_shapes[name]}
 
 
 def _is_plain(value):
@@ -258,8 +267,9 @@ def _is_plain(value):
     return isinstance(value, _PLAIN) and (not isinstance(value, (tuple, list)) or all(map(_is_plain, value)))
 
 
-def _follow(live, old, new):
+def _follow(live, old, new, like):
     """A buffer's value at the new size: the live one (running statistics, say) unless construction makes it another."""
-    if new is None or (old.shape == new.shape and (new.is_meta or torch.equal(old, new))):
+    same = old is None if new is None else old is not None and old.shape == new.shape
+    if same and (new is None or new.is_meta or torch.equal(old, new)):
         return live
-    return new.to(device=live.device, dtype=live.dtype)
+    return None if new is None else new.to(like.device, new.dtype if live is None else live.dtype)

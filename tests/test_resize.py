@@ -16,6 +16,7 @@ from curriculum import check_input_sizes, set_input_size
 from curriculum.resample import resample
 from curriculum.resize import InputSizeError
 from models import create_model
+from models.list import PAPER_MODELS
 
 GOLDEN = Path(__file__).parent / "golden"
 # Small models of each kind of size dependence. All dimensions are tiny; structure is the real one.
@@ -212,6 +213,8 @@ WAYS = [
     (*PVT, 224, 96),
     ("twins_svt_small", {"embed_dims": (8, 8, 8, 8), "num_heads": (1, 1, 1, 1), "depths": (1, 1, 1, 1)}, 224, 96),
     ("tests.sized_models:ignorant", {}, 224, 96),
+    ("tests.sized_models:masked", {}, 96, 64),
+    ("tests.sized_models:masked", {}, 64, 128),
 ]
 
 
@@ -234,6 +237,17 @@ def test_swin_windows_follow_the_size():
         blocks = [block for stage in model.layers for block in stage.blocks]
         assert {block.window_size for block in blocks} == {(size // 32, size // 32)}
         assert all(side % (size // 32) == 0 for block in blocks for side in block.input_resolution)
+
+
+def test_a_rebuilt_model_keeps_statistics_and_another_head():
+    model = build(("tests.sized_models:levit", {}), 224)
+    model(torch.randn(2, 3, 224, 224) + 1)  # moves the running statistics
+    statistics = {name: value.clone() for name, value in model.named_buffers() if "running" in name}
+    assert statistics and not any(value.eq(0).all() for value in statistics.values())
+    model.reset_classifier(9)
+    assert set_input_size(model, 128)
+    assert all(torch.equal(model.get_buffer(n), value) for n, value in statistics.items() if not n.startswith("head"))
+    assert model(torch.randn(2, 3, 128, 128)).shape == (2, 9)
 
 
 # Refusals
@@ -282,12 +296,12 @@ def test_an_assertion_without_a_message_is_quoted():
 # Wrappers
 
 
-def train_across_sizes(rank, world_size, wrap, rendezvous, results):
+def train_across_sizes(rank, world_size, wrap, kind, rendezvous, results):
     """SGD steps at 96 and 160 on this rank's share of a batch of 8, the model wrapped anew for each size."""
     torch.set_num_threads(1)
     if rendezvous:
         torch.distributed.init_process_group("gloo", f"file://{rendezvous}", rank=rank, world_size=world_size)
-    model = build(DEIT, 96)
+    model = build(kind, 96)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for size in (96, 160):
         set_input_size(model, size, optimizer)
@@ -320,14 +334,28 @@ def same_weights(results, *names):
 
 
 def test_wrappers_are_renewed_for_each_size(tmp_path):
-    train_across_sizes(0, 1, "plain", None, tmp_path)
-    train_across_sizes(0, 1, "compiled", None, tmp_path)
-    train_across_sizes(0, 1, "ddp", tmp_path / "meet", tmp_path)
+    train_across_sizes(0, 1, "plain", DEIT, None, tmp_path)
+    train_across_sizes(0, 1, "compiled", DEIT, None, tmp_path)
+    train_across_sizes(0, 1, "ddp", DEIT, tmp_path / "meet", tmp_path)
     same_weights(tmp_path, "compiled-0", "ddp-0")
 
 
 @pytest.mark.extended
-def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    train_across_sizes(0, 1, "plain", None, tmp_path)
-    torch.multiprocessing.spawn(train_across_sizes, (2, "ddp", tmp_path / "meet", tmp_path), nprocs=2)
+@pytest.mark.parametrize("kind", [DEIT, SWIN, CONVNEXT], ids=lambda kind: kind[0])
+def test_two_processes_end_with_the_weights_of_one(kind, tmp_path):
+    train_across_sizes(0, 1, "plain", kind, None, tmp_path)
+    torch.multiprocessing.spawn(train_across_sizes, (2, "ddp", kind, tmp_path / "meet", tmp_path), nprocs=2)
     same_weights(tmp_path, "ddp-0", "ddp-1")
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("optimizer", ["adamw", "lamb"])
+@pytest.mark.parametrize("name", [name for name in PAPER_MODELS if not name.endswith("large")])
+def test_the_papers_models_train_across_sizes(name, optimizer):
+    """Three steps at each size; the large ones are their base models with more channels."""
+    torch.manual_seed(0)
+    model = create_model(name, num_classes=5, input_size=96, drop_path=0.1)
+    optimizer, ema = optimizers(model.parameters())[optimizer](), ModelEmaV3(model)
+    for size in (96, 160, 224):
+        set_input_size(model, size, optimizer, ema)
+        assert all(step(model, optimizer, size, ema).isfinite() for _ in range(3))
