@@ -25,8 +25,8 @@ ALIASES = {
     "swin_base": "swin_base_patch4_window7_224",
     "swin_large": "swin_large_patch4_window7_224",
 }
-# The papers trained torchvision's ResNet, whose last BatchNorm of each block starts at 1; timm's starts at 0. Left as in
-# timm: DeiT's class token starts at a spread of 1e-6, the papers' code had 0.02; all others start alike.
+# The papers trained torchvision's ResNet, whose last BatchNorm of each block starts at 1; timm's starts at 0. Left as
+# in timm: DeiT's class token starts at a spread of 1e-6, the papers' code had 0.02. All else starts alike.
 PAPER_SETTINGS = {"resnet18": {"zero_init_last": False}, "resnet50": {"zero_init_last": False}}
 
 
