@@ -1,12 +1,17 @@
 """Resample position embeddings, bias tables, and an optimizer's moments of them, from one grid to another."""
 
+from __future__ import annotations
+
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 
 
-def resample(tensor, old_shape, new_shape, scale=None):
+def resample(
+    tensor: torch.Tensor, old_shape: Sequence[int], new_shape: Sequence[int], scale: float | None = None
+) -> torch.Tensor:
     """Resample a tensor of position embeddings or biases from one grid to another.
 
     Layouts, told apart by which axes differ: (1, P + g^2, D) with P class or register tokens in front, which are kept;

@@ -1,8 +1,11 @@
 """Change the input size of a live model: the same object trains on, with its optimizer's moments and its EMA."""
 
+from __future__ import annotations
+
 import copy
 import traceback
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +21,9 @@ _TORCH_OWN = frozenset(vars(nn.Module()))  # attributes of every module: paramet
 _PLAIN = (int, float, str, bool, tuple, list, type(None))
 
 
-def set_input_size(model, size, optimizer=None, ema=None):
+def set_input_size(
+    model: nn.Module, size: int, optimizer: torch.optim.Optimizer | None = None, ema: nn.Module | None = None
+) -> bool:
     """Make `model` ready for square images of `size` pixels, in place; parameters keep their identity.
 
     Three ways, tried in order: nothing to do for a model that does not depend on the size; the model's own (timm's)
@@ -60,12 +65,12 @@ def set_input_size(model, size, optimizer=None, ema=None):
 class InputSizeError(ValueError):
     """A model cannot take an input size; `nearest` lists those around it that it takes, 0 to 2."""
 
-    def __init__(self, message, nearest):
+    def __init__(self, message: str, nearest: list[int]):
         super().__init__(message)
         self.nearest = nearest
 
 
-def check_input_sizes(model, sizes):
+def check_input_sizes(model: nn.Module, sizes: Iterable[int]) -> None:
     """See that a model takes every one of `sizes`: a copy without values makes a forward pass; nothing changes.
 
     Raises:
@@ -89,11 +94,11 @@ def check_input_sizes(model, sizes):
 class _Trial:
     """Finds out which input sizes a model takes, on copies of it."""
 
-    def __init__(self, model):
+    def __init__(self, model: nn.Module):
         self.model = model
         self.present = _present_size(model)
 
-    def refusal(self, size):
+    def refusal(self, size: int) -> str | None:
         """Why the model cannot take the size, or None."""
         if not isinstance(size, int) or size < 1:
             return "sizes are positive whole numbers of pixels"
@@ -109,10 +114,10 @@ class _Trial:
         return self.attempt(size, "cpu") if reason is not None and not self.runs_on_meta else reason
 
     @cached_property
-    def runs_on_meta(self):
+    def runs_on_meta(self) -> bool:
         return self.present is not None and self.attempt(self.present, "meta") is None
 
-    def attempt(self, size, device):
+    def attempt(self, size: int, device: str) -> str | None:
         """Resize a copy on the device and run it. Why that failed, or None."""
         model = self.model
         try:
@@ -127,7 +132,7 @@ class _Trial:
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "torch" not in Path(f.filename).parts]
             return f"{type(error).__name__} at {frames[-1].line}"  # an assertion without a message: what it asserts
 
-    def nearest(self, size):
+    def nearest(self, size: int) -> list[int]:
         """The nearest sizes below and above that work: of the next two multiples, the present size and its half."""
         multiple, present = getattr(self.model, "size_multiple", 16), self.present or size
         first = size // multiple * multiple
@@ -172,7 +177,7 @@ def _fork_rng():
 # The change
 
 
-def _resize(model, size):
+def _resize(model: nn.Module, size: int) -> list[tuple]:
     """Change structure and values. Returns [(parameter, old shape, new shape, new size / old size)] of the changed."""
     old_size = _present_size(model)
     if size == old_size:
@@ -231,7 +236,7 @@ def _present_size(model):
     return _pair(size)[0]
 
 
-def _graft(model, was, new):
+def _graft(model: nn.Module, was: nn.Module, new: nn.Module) -> dict[str, torch.Size]:
     """Give `model` what differs between two fresh models, one of its present size and one of the new.
 
     Returns:

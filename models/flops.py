@@ -1,5 +1,9 @@
 """What a forward pass costs: FLOPs and parameters of a model, counted without computing anything."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -10,7 +14,7 @@ from curriculum.skeleton import Skeleton
 from .registry import create_model
 
 
-def count_flops(model, sizes):
+def count_flops(model: str | Callable[[int], nn.Module], sizes: Iterable[int]) -> tuple[dict[int, int], int]:
     """Count the FLOPs of one image's forward pass at each input size, one multiply-add being one FLOP.
 
     Convolutions and matrix products count, those inside attention (q k^T and its product with v) too; normalisation,
@@ -33,9 +37,9 @@ def count_flops(model, sizes):
     return flops, params
 
 
-def _count(build, size, device):
+def _count(build: Callable[[int], nn.Module], size: int, device: str) -> tuple[int, int]:
     with torch.random.fork_rng(devices=[]), torch.device(device), Skeleton():
-        model: nn.Module = build(size).eval()
+        model = build(size).eval()
     image = torch.zeros(1, getattr(model, "in_chans", 3), size, size, device=device)
     # Plain attention is made of counted matrix products; not every fused kernel is known to the counter.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -25,7 +25,7 @@ PAPER_MODELS = [
 SIZES = (224, 384)
 
 
-def describe(name):
+def describe(name: str) -> dict:
     """What the listing says of one model: {"params", "flops": {size: FLOPs}, "size_multiple", "resizing"}."""
     flops, _ = count_flops(name, SIZES)
     with torch.device("meta"), Skeleton():
@@ -42,7 +42,7 @@ def describe(name):
     return {"params": params, "flops": flops, "size_multiple": model.size_multiple, "resizing": resizing}
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m models.list", description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="models to list; the papers' if none")
     names = parser.parse_args().names or PAPER_MODELS

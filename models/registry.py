@@ -1,5 +1,7 @@
 """Models by name: the papers' names, any timm name, or one's own 'package.module:function'."""
 
+from __future__ import annotations
+
 import difflib
 import importlib
 import math
@@ -7,7 +9,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import timm
 import torch
@@ -30,7 +34,9 @@ ALIASES = {
 PAPER_SETTINGS = {"resnet18": {"zero_init_last": False}, "resnet50": {"zero_init_last": False}}
 
 
-def create_model(name, num_classes=1000, input_size=224, drop_path=0.0, **kwargs):
+def create_model(
+    name: str, num_classes: int = 1000, input_size: int = 224, drop_path: float = 0.0, **kwargs: Any
+) -> nn.Module:
     """Build a classifier for square images, with random weights.
 
     Args:
@@ -64,7 +70,7 @@ def create_model(name, num_classes=1000, input_size=224, drop_path=0.0, **kwargs
     return model
 
 
-def _factory(name):
+def _factory(name: str) -> Callable[..., nn.Module]:
     """The function that builds `name`."""
     if ":" in name and not name.startswith("hf"):
         return _own_function(name)
@@ -77,7 +83,7 @@ def _factory(name):
     return partial(timm.create_model, timm_name)
 
 
-def _own_function(name):
+def _own_function(name: str) -> Callable[..., nn.Module]:
     module_name, _, function_name = name.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
@@ -92,7 +98,7 @@ def _own_function(name):
     return function
 
 
-def _build(name, factory, options, input_size):
+def _build(name: str, factory: Callable[..., nn.Module], options: dict[str, Any], input_size: int) -> nn.Module:
     """A fresh model for `input_size`; what `model.rebuild` is made of."""
     options = {**options, "img_size": input_size}
     try:
@@ -115,7 +121,7 @@ def _build(name, factory, options, input_size):
     return model
 
 
-def _scale_windows(model, input_size):
+def _scale_windows(model: nn.Module, input_size: int) -> None:
     """Set a fresh model's size by its own method, and draw anew what that resampled: resampling narrows the spread."""
     before = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with warnings.catch_warnings():
@@ -127,7 +133,7 @@ def _scale_windows(model, input_size):
             nn.init.trunc_normal_(parameter, std=values.std().item())
 
 
-def _call(name, factory, options):
+def _call(name: str, factory: Callable[..., nn.Module], options: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
     """Call `factory` without what it does not take of img_size and drop_path_rate. Returns (model, settings taken)."""
     options = dict(options)
     while True:
@@ -148,7 +154,7 @@ def _call(name, factory, options):
             raise ValueError(f"input size {size}: {name} cannot be built for it ({error})") from error
 
 
-def _size_multiple(model):
+def _size_multiple(model: nn.Module) -> int:
     """What input sizes should be a multiple of: the total stride where the model is built for one size, else 16."""
     declared = getattr(model, "size_multiple", None)
     if declared is not None:

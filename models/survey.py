@@ -127,7 +127,7 @@ SMALLEST = [
 ]
 
 
-def families():
+def families() -> dict[str, str]:
     """{timm module: the model that stands for it}, in alphabetical order."""
     found = {}
     for module in timm.list_modules():
@@ -137,7 +137,7 @@ def families():
     return found
 
 
-def sizes_for(name):
+def sizes_for(name: str) -> list[int]:
     """The sizes to train at: 3/7, 5/7 and 1 of the native size, each the nearest that the model takes.
 
     Raises:
@@ -161,7 +161,7 @@ def sizes_for(name):
     return sizes
 
 
-def train(name, sizes):
+def train(name: str, sizes: list[int]) -> None:
     """One step of SGD with momentum and EMA at each size, on one model."""
     torch.manual_seed(0)
     model = create_model(name, num_classes=10, input_size=sizes[0], **SETTINGS.get(name, {})).train()
@@ -180,7 +180,7 @@ def train(name, sizes):
         ema.update(model)
 
 
-def survey(names):
+def survey(names: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Survey {family: model name}, a row for each. Returns ({failed: reason}, the families that failed in training)."""
     failed, broken = {}, []
     print(f"{'family':<26}{'model':<36}{'sizes':<18}{'seconds':>8}  result", flush=True)
@@ -199,7 +199,7 @@ def survey(names):
     return failed, broken
 
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m models.survey", description="Train one model of each timm family.")
     parser.add_argument(
         "families", nargs="*", metavar="FAMILY", help="timm's modules, e.g. swin_transformer; all if none"
