@@ -45,19 +45,17 @@ def set_input_size(
     Raises:
         ValueError: if the model is wrapped, or cannot take the size; the model is then as it was.
     """
-    _refuse_wrapped(model)
-    if size == _present_size(model):
-        return False
-    check_input_sizes(model, [size])
-    changed = _resize(model, size)
-    for parameter, old_shape, new_shape, scale in changed if optimizer is not None else ():
-        resample_state(optimizer.state, parameter, old_shape, new_shape, scale)
-    if optimizer is not None:
-        optimizer.zero_grad(set_to_none=True)
-    model.zero_grad(set_to_none=True)
-    if ema is not None:
-        averaged = getattr(ema, "module", ema)
-        _refuse_wrapped(averaged)
+    averaged = getattr(ema, "module", ema)
+    for part in (model, averaged):
+        _refuse_wrapped(part)
+    changed = []
+    if size != _present_size(model):
+        check_input_sizes(model, [size])
+        changed = _resize(model, size)
+        model.zero_grad(set_to_none=True)
+    for parameter, *change in changed if optimizer is not None else ():
+        resample_state(optimizer.state, parameter, *change)
+    if averaged is not None:
         _resize(averaged, size)
     return bool(changed)
 
