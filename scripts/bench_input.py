@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from curriculum.augment import RandAugment
 from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
-from inputs.transforms import TrainTransform, crop_box
+from inputs.transforms import TrainTransform, collate, crop_box
 
 MAGNITUDE = 9.0
 CHUNK = 16
@@ -105,8 +105,9 @@ def pipeline(transform: TrainTransform, size: int) -> Callable[[list[str], int],
     finish = Finish(1000, base_size=transform.base_size, mixup=0, cutmix=0)
 
     def run_chunk(paths: list[str], first: int) -> torch.Tensor:
-        images = [transform(Path(path).read_bytes(), size, MAGNITUDE, first + k) for k, path in enumerate(paths)]
-        return finish.train(torch.stack(images), torch.zeros(len(images)), size, [first], len(images))[0]
+        samples = [(transform(Path(p).read_bytes(), size, MAGNITUDE, first + k), 0) for k, p in enumerate(paths)]
+        images, labels = collate(samples)
+        return finish.train(images, labels, size, [first], len(images))[0]
 
     return run_chunk
 

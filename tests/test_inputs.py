@@ -14,7 +14,7 @@ from torchvision.transforms import functional as tvf
 
 from curriculum.augment import RandAugment
 from inputs.decode import decode
-from inputs.transforms import EvalTransform, TrainTransform, crop_box
+from inputs.transforms import EvalTransform, TrainTransform, collate, crop_box
 
 NAMES = ("astronaut", "chelsea", "coffee", "rocket")
 LIMIT = 0.25  # mean absolute difference, of 255
@@ -207,6 +207,16 @@ def test_content_and_pil_image_give_the_same(photos):
     transform = TrainTransform(64, "lanczos", RandAugment())
     image = Image.open(io.BytesIO(photos[1]))
     assert torch.equal(transform(photos[1], 48, 9.0, 5), transform(image, 48, 9.0, 5))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_torchs_in_another_memory_format(photos, workers):
+    transform = TrainTransform(64, "lanczos", RandAugment())
+    samples = [(transform(content, 48, 9.0, k), k, torch.full((3,), float(k))) for k, content in enumerate(photos)]
+    loader = torch.utils.data.DataLoader(samples, batch_size=4, num_workers=workers, collate_fn=collate)
+    batch, expected = next(iter(loader)), torch.utils.data.default_collate(samples)
+    assert len(batch) == len(expected) and all(torch.equal(a, b) for a, b in zip(batch, expected))
+    assert batch[0].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_crop_box_has_torchvisions_distribution():
