@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")  # told apart by all eyes
-LEFT, RIGHT, TOP, BOTTOM = 64, 16, 34, 44  # margins around the axes, pixels
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 34, 44  # margins around the axes, pixels
 FONT = 'font-family="system-ui, sans-serif"'
 
 
@@ -34,14 +34,13 @@ def chart(
 
     Args:
         series: at least one with points; what is not finite is left out.
-        zero: whether the vertical axis starts at 0.
+        zero: whether the vertical axis starts at 0, as the horizontal one always does.
     """
     drawn = [(s, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
-    xs = [x for _, points in drawn for x, _ in points] or [0.0, 1.0]
+    xs = [0.0, *(x for _, points in drawn for x, _ in points)]
     ys = [y for _, points in drawn for _, y in points] or [0.0, 1.0]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(0.0 if zero else min(ys), max(ys))
-    x_low, x_high = min(xs[0], *xs, x_ticks[0]), max(*xs, x_ticks[-1])
-    y_low, y_high = min(*ys, y_ticks[0]), max(*ys, y_ticks[-1])
+    (x_low, x_high), (y_low, y_high) = ((values[0], values[-1]) for values in (x_ticks, y_ticks))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return (

@@ -12,7 +12,9 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import asdict
 from html import escape
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,8 @@ h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px }
 table { border-collapse: collapse; background: #fff; border: 1px solid #ddd; font-size: 14px }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums }
 th { color: #666; font-weight: 600 } td.name, th.name { text-align: left }
-figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 } img { max-width: 100% }
+figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 }
+img { width: 1000px; max-width: 100%; image-rendering: pixelated }
 details { margin-top: 12px }
 pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto; font-size: 13px }
 """
@@ -163,14 +166,17 @@ def _card(value: str, label: str) -> str:
 
 
 def _curves(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    compute = [record["equivalent_epochs"] for record in records]
+    hours = [seconds / 3600 for seconds in accumulate(record["seconds"] for record in records)]
     x = f"compute, epochs at {plan['base_size']}"
 
-    def points(key: str) -> list[tuple[float, float]]:
-        return [(record["equivalent_epochs"], record[key]) for record in records if record.get(key) is not None]
-
-    def lines(names: dict[str, str]) -> list[Series]:
-        found = [Series(name, points(key)) for key, name in names.items() if points(key)]
-        return found or [Series("none yet", [])]
+    def lines(names: dict[str, str], places: list[float] = compute) -> list[Series]:
+        drawn = []
+        for key, name in names.items():
+            points = [(place, record[key]) for place, record in zip(places, records) if record.get(key) is not None]
+            if points:
+                drawn.append(Series(name, points))
+        return drawn or [Series("none yet", [])]
 
     loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
     accuracy = {"test_acc1": "top-1", "test_acc1_ema": "top-1, average", "test_acc5": "top-5"}
@@ -178,7 +184,7 @@ def _curves(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
         chart("Loss (of training, on mixed images)", loss, x, "cross entropy", WIDTH, HEIGHT),
         chart("Accuracy, at each stage's size", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
         chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True),
-        chart("Seen magnitude", lines({"magnitude": "m"}), x, "magnitude", WIDTH, HEIGHT, zero=True),
+        chart("Accuracy against time", lines(accuracy, hours), "hours of training", "per cent", WIDTH, HEIGHT),
     ]
 
 
@@ -241,7 +247,7 @@ def _samples(output: Path, plan: dict[str, Any]) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    defaults = yaml.safe_load(json.dumps({key: field.default for key, field in Config.__dataclass_fields__.items()}))
+    defaults = json.loads(json.dumps(asdict(Config())))
     changed = [
         [key, json.dumps(value), json.dumps(defaults.get(key))]
         for key, value in settings.items()
@@ -272,10 +278,17 @@ def _read(path: Path) -> str:
     return path.read_text() if path.exists() else ""
 
 
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python report.py OUTPUT_DIR")
+def main(argv: list[str]) -> int:
+    if len(argv) != 1:
+        print("usage: python report.py OUTPUT_DIR", file=sys.stderr)
+        return 2
     try:
-        print(write_report(Path(sys.argv[1])))
+        print(write_report(Path(argv[0])))
     except OSError as error:
-        sys.exit(f"error: {sys.argv[1]} is no run's output folder: {error.strerror} ({error.filename})")
+        print(f"error: {argv[0]} is no run's output folder: {error.strerror} ({error.filename})", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
