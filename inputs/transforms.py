@@ -34,7 +34,7 @@ class TrainTransform:
     The pipeline ``exact`` differs from PIL's operations in that order by less than 0.25 levels (of 255) on average. The
     pipeline ``fast`` makes the same random choices, but lets the JPEG decoder reduce (the crop keeps at least 1.5 times
     the pixels it needs), resizes once, straight to B, and augments there: 3.9, 2.4 and 0.2 levels off at 96, 160 and
-    224 on photographs (`scripts/bench.py input`), with a fifth less of the highest frequencies at 96.
+    224 on photographs (`scripts/bench.py input`), with a fifth to a quarter less of the highest frequencies at 96.
 
     Args:
         base_size: the full input size, at which images are cropped and augmented.
