@@ -13,7 +13,7 @@ from torch import nn
 from config import Config
 from curriculum import CurriculumSampler, Plan
 from engine import Training, forward_loss
-from trainer import make_finish, make_optimizer
+from parts import make_finish, make_optimizer
 from utils import Topology, all_min
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run

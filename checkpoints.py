@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
-FORMAT_VERSION = 1
+# 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
+FORMAT_VERSION = 2
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
+KEYS = ("model", "model_ema", "optimizer", "scaler", "step", "epoch", "best", "meters", "config")
 _MARK = b"sha256:"
 _TRAILER = len(_MARK) + 64  # bytes of "sha256:" and its hexadecimal digits
-
-
-KEYS = ("model", "model_ema", "optimizer", "scaler", "step", "epoch", "best", "meters", "config")
-_PLAIN = (torch.Tensor, str, int, float, bool, type(None))
+_NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
+_PLAIN = (str, int, float, bool, type(None))
 
 
 class BadCheckpoint(ValueError):
@@ -29,24 +31,63 @@ def save(path: Path, payload: dict[str, Any]) -> None:
     """Writes ``payload`` so that ``path`` always holds a whole checkpoint: the old one or the new one.
 
     The file is a torch zip archive whose zip comment is the SHA-256 of all bytes before the comment's length, so the
-    checksum travels with the file and ``torch.load(weights_only=True)`` reads it as any other.
+    checksum travels with the file and ``torch.load(weights_only=True)`` reads it as any other. It is reckoned from what
+    was meant to be written, and the file is read back before it takes the old one's place.
 
     Raises:
         TypeError: the payload holds what such a load would refuse; names the place.
-        OSError: it could not be written; what was at ``path`` is still there.
+        OSError: it could not be written, or not as it was meant; what was at ``path`` is still there.
     """
     _check_plain(payload, "checkpoint")
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w+b") as file:
-        torch.save({"format_version": FORMAT_VERSION, **payload}, file)
-        size = file.tell() - 2  # the last two bytes of a zip archive are its comment's length
-        digest = _digest(file, size)
-        file.seek(size)
-        file.write(_TRAILER.to_bytes(2, "little") + _MARK + digest)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w+b") as file:
+            writer = _HashingWriter(file)
+            torch.save({"format_version": FORMAT_VERSION, **payload}, writer)
+            writer.finish()
+            file.flush()
+            os.fsync(file.fileno())
+            if not _is_whole(file):
+                raise OSError(errno.EIO, f"{temporary} reads back other than it was written")
+        os.replace(temporary, path)
+    except RuntimeError as error:  # torch's writer turns a failed write into this
+        temporary.unlink(missing_ok=True)
+        cause = error.__context__ or error.__cause__
+        raise cause if isinstance(cause, OSError) else OSError(errno.EIO, str(error).splitlines()[0]) from None
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     _sync_folder(path.parent)
+
+
+class _HashingWriter:
+    """Passes a torch archive on to a file, and puts the checksum of all but its last two bytes behind it.
+
+    Those are the length of the archive's comment; the checksum becomes that comment.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.sha, self.tail = file, hashlib.sha256(), b""
+
+    def write(self, data) -> int:
+        data = memoryview(data).cast("B")
+        self.file.write(data)
+        if len(data) >= 2:
+            self.sha.update(self.tail)
+            self.sha.update(data[:-2])
+            self.tail = bytes(data[-2:])
+        else:
+            joined = self.tail + bytes(data)
+            self.sha.update(joined[:-2])
+            self.tail = joined[-2:]
+        return len(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def finish(self) -> None:
+        self.file.seek(-2, os.SEEK_CUR)
+        self.file.write(_TRAILER.to_bytes(2, "little") + _MARK + self.sha.hexdigest().encode())
 
 
 def link(source: Path, target: Path) -> None:
@@ -54,14 +95,18 @@ def link(source: Path, target: Path) -> None:
     temporary = target.with_name(target.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:
-        os.link(source, temporary)
+        try:
+            os.link(source, temporary)
+        except OSError:
+            temporary.write_bytes(source.read_bytes())
+        os.replace(temporary, target)
     except OSError:
-        temporary.write_bytes(source.read_bytes())
-    os.replace(temporary, target)
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def load(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint that :func:`save` wrote.
+    """Reads a checkpoint that :func:`save` wrote, of this format version or an earlier one.
 
     Raises:
         BadCheckpoint: missing, truncated, altered, or not ours; the message names the file.
@@ -69,12 +114,9 @@ def load(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size - _TRAILER - 2
-            file.seek(max(size, 0))
-            trailer = file.read()
-            if not trailer[2:].startswith(_MARK):
+            if not _trailer(file).startswith(_MARK):
                 raise BadCheckpoint(f"{path} carries no checksum: it is truncated, or not a checkpoint of this project")
-            if _digest(file, size) != trailer[2 + len(_MARK) :]:
+            if not _is_whole(file):
                 raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
@@ -89,37 +131,80 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise BadCheckpoint(f"{path} is not a checkpoint of this project")
     version = payload.get("format_version")
-    if version != FORMAT_VERSION:
-        raise BadCheckpoint(f"{path} has format version {version}; this code reads version {FORMAT_VERSION}")
+    if version not in range(1, FORMAT_VERSION + 1):
+        raise BadCheckpoint(f"{path} has format version {version}; this code reads versions 1 to {FORMAT_VERSION}")
     if missing := [key for key in KEYS if key not in payload]:
         raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
+    return _upgrade(payload)
+
+
+def _upgrade(payload: dict[str, Any]) -> dict[str, Any]:
+    """Brings an earlier format to the present one; what it did not record is None."""
+    if payload["format_version"] < 2:
+        payload.update(input_size=None, identity=None)
     return payload
 
 
-def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The good checkpoint with the most steps in ``folder``, by content; says what it skipped."""
-    found = None
+def newest(folder: Path, counts: Callable[[dict[str, Any]], bool] | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The good checkpoint that is furthest on in ``folder``, by content; says what it skipped.
+
+    Args:
+        counts: whether a payload is of interest; None: all are, and it is an error if all files are damaged.
+
+    Raises:
+        BadCheckpoint: there are checkpoints, but none is good.
+    """
+    found, skipped, seen = None, [], set()
     for path in sorted(folder.glob("checkpoint-*.pth")):
-        if path.name == BEST:
-            continue
         try:
+            status = path.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                continue  # another name of the same file
             payload = load(path)
-        except BadCheckpoint as error:
+            seen.add((status.st_dev, status.st_ino))
+        except (BadCheckpoint, OSError) as error:
             print(f"warning: skipped a checkpoint: {error}", flush=True)
+            skipped.append(path.name)
             continue
-        if found is None or payload["step"] > found[1]["step"]:
+        if (counts is None or counts(payload)) and (found is None or _place(payload) > _place(found[1])):
             found = path, payload
+    if found is None and skipped and counts is None:
+        raise BadCheckpoint(
+            f"--output_dir {folder}: none of its checkpoints can be used ({', '.join(skipped)}); "
+            "to start again, remove them or name another folder"
+        )
     return found
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all but the ``keep`` newest checkpoint-<step>.pth."""
-    numbered = [(int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
-    for _, path in sorted(numbered)[: max(len(numbered) - keep, 0)]:
+def _place(payload: dict[str, Any]) -> tuple[int, int]:
+    return payload["step"], payload["epoch"]
+
+
+def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
+    """Removes all but the ``keep`` newest checkpoint-<step>.pth, if a good one stays.
+
+    Args:
+        trusted: one of those that stay, known to be good. Without it, or where it would not stay, those that stay are
+            read to find one.
+    """
+    numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name)))
+    paths = [path for _, path in numbered]
+    surplus, kept = paths[: max(len(paths) - keep, 0)], paths[max(len(paths) - keep, 0) :]
+    if not surplus:
+        return
+    if trusted not in kept and not any(_is_good(path) for path in kept):
+        print(f"warning: none of the newest {keep} checkpoints in {folder} is good; older ones are kept", flush=True)
+        return
+    for path in surplus:
         path.unlink(missing_ok=True)
 
 
-_NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
+def _is_good(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return _is_whole(file)
+    except OSError:
+        return False
 
 
 def _check_plain(value: Any, where: str) -> None:
@@ -134,14 +219,25 @@ def _check_plain(value: Any, where: str) -> None:
         raise TypeError(f"{where} is a {type(value).__name__}; checkpoints hold tensors and plain types only")
 
 
-def _digest(file, size: int) -> bytes:
-    """SHA-256, in hexadecimal, of the first ``size`` bytes."""
+def _trailer(file: BinaryIO) -> bytes:
+    """The comment at the file's end, where ours stands."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(max(size - _TRAILER, 0))
+    return file.read()
+
+
+def _is_whole(file: BinaryIO) -> bool:
+    """Whether a file carries a checksum and matches it."""
+    trailer = _trailer(file)
+    size = os.fstat(file.fileno()).st_size - _TRAILER - 2
+    if size < 0 or not trailer.startswith(_MARK):
+        return False
     file.seek(0)
     sha = hashlib.sha256()
     while size > 0 and (block := file.read(min(size, 1 << 22))):
         sha.update(block)
         size -= len(block)
-    return sha.hexdigest().encode()
+    return trailer[len(_MARK) :] == sha.hexdigest().encode()
 
 
 def _sync_folder(folder: Path) -> None:

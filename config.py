@@ -29,7 +29,7 @@ class RunConfig:
     output_dir: str | None = None
     """Folder for checkpoints, logs and the resolved configuration; required for training."""
     resume: str | None = None
-    """Checkpoint to go on from (or to evaluate). Overrides --auto_resume."""
+    """Checkpoint to go on from (or to evaluate); launched again, the same command goes on from what it has done."""
     auto_resume: bool = True
     """Go on from the newest good checkpoint in --output_dir, if there is one."""
     rows: list[str] | None = None
@@ -59,19 +59,37 @@ class RunConfig:
     eval_interval: float | str = "5%"
     """Duration between evaluations (at the end of the epoch in which it elapses); there is always one at the end."""
     save_interval: float | str = "5%"
-    """Duration between checkpoints, at the very step; there is always one at the end."""
-    keep_checkpoints: int = 1
+    """Duration between checkpoints, at the very step, or "30 minutes"; there is always one at the end."""
+    keep_checkpoints: int = 2
     """Newest checkpoint-<step>.pth files kept, beside checkpoint-last.pth and checkpoint-best.pth."""
+    allow_change: str | None = None
+    """What may differ from the checkpoint that is resumed: any of model,data,curriculum,batch_size,seed,optimizer."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
+    timeout: float = 30.0
+    """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
 
 
 @dataclass(kw_only=True)
 class DataConfig:
     """data"""
 
-    data_set: Literal["folder", "cifar10", "cifar100"] = "folder"
-    """folder: train/ and val/ with one folder per class; cifar10, cifar100: torchvision's."""
+    data_set: str = "folder"
+    """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
+    set; cifar10, cifar100: torchvision's."""
     data_path: str | None = None
     """Where the data set lies."""
+    train_split: str = "train"
+    """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
+    imagenet21k_train+imagenet21k_small_classes)."""
+    val_split: str = "val"
+    """The same of the validation images."""
+    val_per_class: int | None = None
+    """Where there is no validation set: this many images of each class are held out from training."""
+    class_map: str | None = None
+    """File of class names, one a line: only these are used. A second name after a tab is the label's."""
+    max_bad: float = 0.001
+    """Share of training images that may be unreadable (named in bad_files.txt, replaced); beyond it the run stops."""
     num_images: int | None = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
     num_classes: int | None = None
@@ -84,6 +102,13 @@ class DataConfig:
     """Training: range of the random resized crop's area, as a share of the image's."""
     pipeline: Literal["exact", "fast"] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
+    augment_on: Literal["host", "device"] = "host"
+    """Where flips and RandAugment run: in the loader's workers, or batched on the device (few CPU cores per GPU)."""
+    replay: list[int] | None = None
+    """For each stage, how often a loaded image is used on average, e.g. [4, 2, 1] (ET++ Section 5.3); default: once.
+    Depends on the number of processes, for each replays the images that it loaded."""
+    replay_memory: float = 4.0
+    """GB of main memory for the replay buffer, per process."""
 
 
 @dataclass(kw_only=True)

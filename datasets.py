@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
+import copy
+import multiprocessing
 import signal
+from collections.abc import Iterator
+from functools import cache
+from multiprocessing.util import Finalize
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from config import DataConfig
 from curriculum import CurriculumSampler
-from inputs.folder import FolderIndex
+from curriculum.sampler import REPLAY, derive_seed
+from inputs.bad_files import BadFiles, load
+from inputs.device import DeviceAugment, DeviceTransform
+from inputs.readers import open_source
+from inputs.replay import ReplayBuffer, refill_from, replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform
-
-
-class Source(Protocol):
-    """A data set by index: names of its classes, how many images, and each image (encoded bytes or PIL) and label."""
-
-    classes: list[str]
-
-    def __len__(self) -> int: ...
-
-    def read(self, index: int) -> Any: ...
-
-    def label(self, index: int) -> int: ...
-
-
-class Folder:
-    """An image folder: its files as they are, for the transform to decode."""
-
-    def __init__(self, root: Path, classes: list[str] | None = None) -> None:
-        self.index = FolderIndex(root, classes=classes)
-        self.classes = list(self.index.classes)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    def read(self, index: int) -> bytes:
-        return Path(self.index.path(index)).read_bytes()
-
-    def label(self, index: int) -> int:
-        return self.index.label(index)
+from inputs.views import Source, hold_out, map_classes
 
 
 class Cifar:
-    """torchvision's CIFAR-10 or -100, downloaded to ``root`` on first use by rank 0."""
+    """torchvision's CIFAR-10 or -100, downloaded to ``root`` on first use."""
 
     def __init__(self, name: str, root: str, train: bool) -> None:
         from torchvision.datasets import CIFAR10, CIFAR100
@@ -54,7 +36,7 @@ class Cifar:
             self.data = maker(root, train=train)
         except RuntimeError:  # not there, or damaged
             self.data = maker(root, train=train, download=True)
-        self.classes = self.data.classes
+        self.classes = list(self.data.classes)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -65,39 +47,61 @@ class Cifar:
     def label(self, index: int) -> int:
         return int(self.data.targets[index])
 
+    def labels(self) -> Any:
+        return torch.tensor(self.data.targets).numpy()
 
-def build_source(data_set: str, data_path: str | None, train: bool) -> Source:
-    """The training or the validation set.
+    def name(self, index: int) -> str:
+        return f"{type(self.data).__name__} image {index}"
+
+
+def build_source(config: DataConfig, train: bool) -> Source:
+    """The training or the validation set that the settings name.
 
     Raises:
-        ValueError: a missing or empty folder, or a validation class that is not in training; names the setting.
+        ValueError: data that is not there, or a validation class that is not in training; names the setting.
     """
-    if data_path is None:
+    if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise ValueError("--data_path is not set: name the folder that holds the data set")
-    if data_set != "folder":
-        return Cifar(data_set, data_path, train)
-    if train or not (Path(data_path) / "train").is_dir():
-        return Folder(Path(data_path) / ("train" if train else "val"))
-    # Labels are those of training, so validation may lack a class but not bring one of its own.
-    return Folder(Path(data_path) / "val", classes=Folder(Path(data_path) / "train").classes)
+    if config.val_per_class:
+        source = hold_out(_open(config, config.train_split), config.val_per_class)[0 if train else 1]
+    elif train:
+        source = _open(config, config.train_split)
+    else:
+        # Labels are those of training, so validation may lack a class but not bring one of its own.
+        alone = config.data_set == "folder" and not (Path(config.data_path) / config.train_split).is_dir()
+        known = None if alone else _open(config, config.train_split).classes
+        source = _open(config, config.val_split, known)
+    return map_classes(source, config.class_map) if config.class_map else source
+
+
+def _open(config: DataConfig, split: str, classes: list[str] | None = None) -> Source:
+    if config.data_set in ("cifar10", "cifar100"):
+        return Cifar(config.data_set, config.data_path, split == config.train_split)
+    return open_source(config.data_set, config.data_path, split, classes)
 
 
 class TrainSet(Dataset):
-    """Items are asked for by the sampler's ``(index, size, magnitude, seed)`` and depend on nothing else."""
+    """Items are asked for by the sampler's ``(index, size, magnitude, seed)`` and depend on nothing else.
 
-    def __init__(self, source: Source, transform: TrainTransform) -> None:
-        self.source, self.transform = source, transform
+    An item is (uint8 image, label), and under augmentation on the device (image, label, its random choices).
+    """
+
+    def __init__(self, source: Source, transform: TrainTransform | DeviceTransform, bad_files: BadFiles) -> None:
+        self.source, self.transform, self.bad_files = source, transform, bad_files
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: tuple[int, int, float | None, int]) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, sample: tuple[int, int, float | None, int]) -> tuple[Any, ...]:
         index, size, magnitude, seed = sample
-        return self.transform(self.source.read(index), size, magnitude, seed), self.source.label(index)
+        result, label = self.bad_files.load(
+            self.source, index, seed, lambda data: self.transform(data, size, magnitude, seed)
+        )
+        return (result[0], label, result[1]) if isinstance(result, tuple) else (result, label)
 
 
 class EvalSet(Dataset):
-    """Items are (uint8 image (3, S, S), label, index)."""
+    """Items are (uint8 image (3, S, S), label, index). An image that cannot be used is an error, never replaced."""
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
         self.source, self.transform = source, transform
@@ -106,14 +110,50 @@ class EvalSet(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return self.transform(self.source.read(index)), self.source.label(index), index
+        return load(self.source, index, self.transform), self.source.label(index), index
 
 
-def train_loader(
-    source: Source, transform: TrainTransform, sampler: CurriculumSampler, workers: int, pin: bool
-) -> DataLoader:
-    """One loader for the whole rest of the run: workers start once and prefetch across epochs and stages."""
-    return DataLoader(TrainSet(source, transform), batch_sampler=sampler, **_options(workers, pin))
+def training_batches(
+    data: TrainSet,
+    sampler: CurriculumSampler,
+    device: torch.device,
+    workers: int,
+    augment: DeviceAugment | None = None,
+    replay_memory: float = 0.0,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,), one per forward pass.
+
+    One loader serves it all: workers start once and prefetch across epochs, stages and evaluations.
+
+    Args:
+        augment: RandAugment and flips on the device; ``data``'s transform must then be a DeviceTransform.
+        replay_memory: bytes of the replay buffer, for plans with replay. After a resume it is first filled again by
+            loading, without training, what it held.
+    """
+    plan, reading = sampler.plan, copy.copy(sampler)
+    buffer = None
+    if any(stage.replay > 1 for stage in plan.stages):
+        buffer = ReplayBuffer(replay_memory, pin=device.type == "cuda")
+        if sampler.start_step < plan.total_steps and (epoch := plan.locate(sampler.start_step)[0]).replay > 1:
+            side = plan.base_size if plan.operator == "fourier" else epoch.input_size
+            fresh = epoch.batch_size // epoch.replay // sampler.world_size
+            capacity = replay_capacity(replay_memory, side)
+            reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
+    loader = iter(DataLoader(data, batch_sampler=reading, **_options(workers, device.type == "cuda")))
+    for epoch in plan:
+        for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
+            for groups in sampler.passes(epoch):
+                batch = next(loader)
+                if epoch.replay > 1:
+                    if step < sampler.start_step:
+                        buffer.push(batch, epoch.stage)
+                        continue
+                    seeds = [derive_seed(sampler.seed, REPLAY, step, group) for group in groups]
+                    batch = buffer.extend(batch, seeds, epoch.replay, epoch.stage)
+                images, targets, *choices = batch
+                if augment is not None:
+                    images = augment(images.to(device, non_blocking=True), choices[0], epoch.input_size)
+                yield images, targets
 
 
 def eval_loader(
@@ -133,7 +173,20 @@ def _options(workers: int, pin: bool) -> dict[str, Any]:
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
     if workers:
         options.update(prefetch_factor=4, worker_init_fn=_start_worker)
+        _end_workers_at_exit()
     return options
+
+
+@cache
+def _end_workers_at_exit() -> None:
+    """Loader workers that an error left behind ignore the signal by which Python, at its exit, would end them."""
+    Finalize(None, _kill_children, exitpriority=10)
+
+
+def _kill_children() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
+    for child in multiprocessing.active_children():
+        child.kill()
 
 
 def _start_worker(_worker: int) -> None:

@@ -15,13 +15,10 @@ from torch.utils.data import DataLoader
 from curriculum import CurriculumSampler, Epoch, Plan
 from curriculum.sampler import FORWARD, GROUP, derive_seed
 from inputs.finish import Finish
-from utils import all_sum, no_sync
+from numerics import MAX_SKIPPED, MAX_STREAK, NEVER, LossMeter
+from utils import all_sum, no_sync, world_size
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss became NaN or infinite."""
 
 
 @dataclass
@@ -40,34 +37,14 @@ class Training:
     clip_grad: float | None = None
     smoothing: float = 0.0
     channels_last: bool = False
+    skip_nonfinite: bool = False  # leave out optimizer steps whose gradient is not finite; needs an enabled scaler
     step: int = 0
     watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
     loss: LossMeter = field(init=False)
 
     def __post_init__(self) -> None:
-        self.loss = LossMeter(self.device)
-
-
-class LossMeter:
-    """Sum of losses and count of images since :meth:`reset`, kept on the device so that no step waits for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        # Double precision makes the mean independent of where a run was interrupted; MPS has none.
-        self.sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-
-    def add(self, loss: torch.Tensor, images: int) -> None:
-        self.sums[0] += loss.detach().to(self.sums.dtype) * images
-        self.sums[1] += images
-
-    def mean(self) -> float:
-        """Mean over the images of all processes. Waits for the device. Raises NonFiniteLoss on every process alike."""
-        total, images = all_sum(self.sums.clone()).tolist()
-        if images and not torch.isfinite(torch.tensor(total)):
-            raise NonFiniteLoss
-        return total / max(images, 1)
-
-    def reset(self) -> None:
-        self.sums.zero_()
+        bound = max(MAX_STREAK, MAX_SKIPPED * self.plan.total_steps) if self.skip_nonfinite else NEVER
+        self.loss = LossMeter(self.device, self.scaler.is_enabled(), self.skip_nonfinite, bound)
 
 
 def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step: Callable[[float, int], bool]) -> bool:
@@ -89,17 +66,20 @@ def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step:
     for step in range(t.step, epoch.first_step + epoch.steps):
         lr = t.plan.lr_at(step)
         set_hyperparameters(t.optimizer, lr, t.plan.weight_decay_at(step))
+        buffers = [(buffer, buffer.clone()) for buffer in unwrap(t.model).buffers()] if t.skip_nonfinite else []
         for groups in passes:
             images, targets = next(batches)
             with nullcontext() if groups is passes[-1] else no_sync(t.model):
                 loss = forward_loss(t, images, targets, epoch.input_size, step, groups)
                 t.scaler.scale(loss * (len(images) / share)).backward()
-            t.loss.add(loss, len(images))
-        if t.clip_grad is not None:
+            t.loss.add(loss, len(images), step)
+        if t.clip_grad is not None or t.scaler.is_enabled():
             t.scaler.unscale_(t.optimizer)
-            nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad)
+            norm = nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad or float("inf"))
+            t.loss.add_gradient(norm, step)
+            restore(buffers, norm)
         t.scaler.step(t.optimizer)
-        t.scaler.update()
+        t.scaler.update(1.0 if t.amp != "fp16" and t.skip_nonfinite else None)
         t.optimizer.zero_grad(set_to_none=True)
         if t.ema is not None:
             t.ema.update(unwrap(t.model))
@@ -128,6 +108,14 @@ def forward_loss(
     return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else t.smoothing)
 
 
+def restore(buffers: list[tuple[torch.Tensor, torch.Tensor]], norm: torch.Tensor) -> None:
+    """Puts back (buffer, its content before the step) where the gradient's norm is not finite: BatchNorm's statistics
+    would else keep what the optimizer leaves out."""
+    finite = torch.isfinite(norm)
+    for buffer, before in buffers:
+        buffer.copy_(torch.where(finite, buffer, before))
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -137,17 +125,20 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     columns: torch.Tensor | None = None,
-) -> dict[str, Any]:
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, Any] | None:
     """Scores every image of ``loader``'s data set once, over all processes.
 
     Args:
         model: unwrapped, at input size ``size``.
         loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
         columns: the model's output for each of the data set's classes, where the two differ.
+        stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
 
     Returns:
         ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5),
         ``images``, the number of distinct images scored, and ``predictions``, the top class of each image, in order.
+        None if it was stopped.
 
     Raises:
         RuntimeError: an image of the data set was left out or scored twice.
@@ -167,6 +158,11 @@ def evaluate(
         indices = indices.to(device)
         scored[indices] += 1
         predictions[indices] = best[:, 0].int()
+        if stop():
+            return None
+    most = -(-len(scored) // (world_size() * loader.batch_size))  # batches of the process that has most
+    if any(stop() for _ in range(most - len(loader))):
+        return None
     all_sum(sums), all_sum(scored), all_sum(predictions)
     if not bool((scored == 1).all()):
         raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {len(scored)}")

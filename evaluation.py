@@ -12,12 +12,13 @@ import torch
 from timm.data import ImageNetInfo
 
 from config import Config
-from datasets import Folder, Source, build_source, eval_loader
+from datasets import Source, build_source, eval_loader
 from engine import evaluate
+from inputs.folder import FolderIndex
 from inputs.transforms import EvalTransform
 from models import create_model, load_weights
 from models.reading import read_weights
-from trainer import make_finish
+from parts import make_finish
 from utils import Topology
 
 
@@ -78,8 +79,8 @@ def real_accuracy(predictions: list[int], real: list[list[int]]) -> float:
 def _source(config: Config) -> Source:
     """--eval_data's class folders, else the data set's validation images."""
     if config.eval_data is None:
-        return build_source(config.data_set, config.data_path, train=False)
-    return Folder(Path(config.eval_data))
+        return build_source(config, train=False)
+    return FolderIndex(config.eval_data)
 
 
 def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:
@@ -122,9 +123,9 @@ def _real_labels(source: Source) -> list[list[int]]:
     """The reassessed labels (timm ships them) of ImageNet's validation images, by file name, in the set's order."""
     labels = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
     table = {f"ILSVRC2012_val_{number:08d}.JPEG": label for number, label in enumerate(labels, 1)}
-    names = [Path(source.index.path(i)).name for i in range(len(source))] if isinstance(source, Folder) else []
+    names = [Path(source.name(i)).name for i in range(len(source))]
     unknown = [name for name in names if name not in table]
-    if unknown or not names:
+    if unknown:
         raise ValueError("--real_labels is for the validation images of ImageNet-1K under their original file names")
     return [table[name] for name in names]
 

@@ -17,6 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 from curriculum import Epoch, Plan
+from utils import write_text
 
 
 class RunLog:
@@ -26,23 +27,21 @@ class RunLog:
 
     Args:
         folder: the output folder.
-        step: optimizer steps done: on resume, records of later steps are cut away, for they will be written again.
+        step, epoch: optimizer steps and epochs done: on resume, later records are cut away; they will come again.
     """
 
-    def __init__(self, folder: Path | None, step: int) -> None:
+    def __init__(self, folder: Path | None, step: int, epoch: int) -> None:
         self.path = folder / "log.txt" if folder else None
         self.waiting = ""
         self.board = None
         if folder is None:
             return
-        self._cut(step)
+        self._cut(epoch)
         self.board = Board(folder / "tensorboard", step)
 
-    def _cut(self, step: int) -> None:
+    def _cut(self, epoch: int) -> None:
         records = read_log(self.path) if self.path.exists() else []
-        temporary = self.path.with_name("log.txt.tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records if record["step"] <= step))
-        os.replace(temporary, self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records if record["epoch"] < epoch))
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Appends one epoch's record and draws its numbers."""

@@ -7,6 +7,7 @@ import os
 import sys
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,20 @@ from torch import nn
 
 import autobatch
 import checkpoints
+from checks import check_settings
 from config import Config, load_curriculum, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, build_plan, check_input_sizes, parse_duration, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import end_workers, Source, build_source
-from engine import NonFiniteLoss
+from datasets import Source, build_source
 from evaluation import evaluate_weights
+from identity import check_same_run, identify, parse_parts
 from models import create_model, freeze_body, load_weights
 from models.flops import count_flops
+from numerics import NonFinite
 from report import environment, plan_picture
+from resuming import checkpoint_to_resume
 from trainer import Trainer
-from utils import STOPPED, Topology, close_topology, die, init_topology, stays_stopped
+from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, stays_stopped, write_text
 
 
 class UsageError(ValueError):
@@ -38,6 +42,8 @@ def wrong_usage():
     """Turns a ValueError of the checks inside into a UsageError."""
     try:
         yield
+    except checkpoints.BadCheckpoint:
+        raise
     except ValueError as error:
         raise UsageError(error) from None
 
@@ -45,51 +51,62 @@ def wrong_usage():
 def main(argv: list[str]) -> int:
     config = parse_config(argv)
     try:
+        with wrong_usage():
+            check_settings(config)
         if config.plan != "none":
             return show_plan(config)
         with wrong_usage():
-            topology = init_topology(config.device, config.deterministic)
+            topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
         try:
             return evaluate_weights(config, topology) if config.eval else train(config, topology)
         finally:
-            end_workers()
             close_topology()
     except UsageError as error:
         return die(error, 2)
-    except (ValueError, OSError, NonFiniteLoss) as error:
+    except (ValueError, OSError, NonFinite) as error:
         return die(error)
+    except RuntimeError as error:
+        if (message := explain(error)) is None:
+            raise
+        return die(message)
     except KeyboardInterrupt:
         return die("interrupted", 130)
 
 
 def train(config: Config, topology: Topology) -> int:
     """Trains, or goes on training; 0 when the plan is done, 75 when a signal stopped it."""
+    agreement = Agreement(timedelta(minutes=config.timeout))
     with wrong_usage():
         if not config.output_dir:
             raise ValueError("--output_dir is not set: name the folder for checkpoints and logs")
         if stays_stopped(Path(config.output_dir), topology):
             return STOPPED
-        sources = tuple(build_source(config.data_set, config.data_path, train=train) for train in (True, False))
+        sources = tuple(build_source(config, train=train) for train in (True, False))
         classes = number_of_classes(config, sources[0])
         plan = make_plan(config, len(sources[0]), classes)
-    state = checkpoint_to_resume(config)
-    if config.micro_batch == "auto":
-        config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
+        found = checkpoint_to_resume(config, topology)
+    identity = identify(config, plan, sources[0], classes)
+    state = None
+    if found is not None:
+        path, state = found
+        check_same_run(state["identity"], identity, parse_parts(config.allow_change), str(path))
     with wrong_usage():
+        config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
         sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-    done = state["step"] if state else 0
-    last, _ = plan.locate(max(done - 1, 0))  # a checkpoint's weights are at the size that was trained last
     torch.manual_seed(derive_seed(config.seed))
-    model = make_model(config, classes, last.input_size)
+    model = make_model(config, classes, size_of_weights(plan, state))
     if config.finetune and state is None:
         report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
         if topology.is_main:
             print(report)
     if config.linear_probe:
         freeze_body(model)
+    summary = make_summary(config, plan, classes, sampler)
+    with wrong_usage():
+        trainer = Trainer(config, topology, plan, sampler, model, sources, agreement, identity, state)
     if topology.is_main:
-        start_folder(Path(config.output_dir), config, topology, plan, make_summary(config, plan, classes, sampler))
-    return Trainer(config, topology, plan, sampler, model, sources, state).fit()
+        start_folder(Path(config.output_dir), config, topology, plan, summary)
+    return trainer.fit()
 
 
 def show_plan(config: Config) -> int:
@@ -97,7 +114,7 @@ def show_plan(config: Config) -> int:
     with wrong_usage():
         num_images, classes = config.num_images, config.num_classes or 1000
         if num_images is None:
-            source = build_source(config.data_set, config.data_path, train=True)
+            source = build_source(config, train=True)
             num_images, classes = len(source), number_of_classes(config, source)
         plan = make_plan(config, num_images, classes)
         sampler = None
@@ -150,6 +167,7 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
         operator=config.operator,
         early_large_batch=config.early_large_batch,
         lr_rule=config.lr_rule,
+        replay=config.replay or (),
     )
     for duration in (config.log_interval, config.eval_interval, config.save_interval):
         parse_duration(duration)
@@ -197,16 +215,20 @@ def number_of_classes(config: Config, source: Source) -> int:
 def settle_micro_batch(
     config: Config, plan: Plan, classes: int, topology: Topology, state: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """``--micro_batch auto`` in numbers: those of the run that is resumed, else what the devices were found to hold.
+    """``--micro_batch`` in numbers: for auto or none given, those of the run that is resumed; else what auto finds.
 
     They belong to the run: other groups would mix other images.
     """
+    if config.micro_batch not in (None, "auto"):
+        return {}
     if state is not None:
         sizes = state["config"]["forward_batch"]
         return {
             "micro_batch": state["config"]["micro_batch"],
             "forward_batch": sizes and {int(size): images for size, images in sizes.items()},
         }
+    if config.micro_batch is None:
+        return {"micro_batch": make_sampler(config, plan, topology.world_size).micro_batch}
     build = partial(make_model, config, classes)
     micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
     if topology.is_main:
@@ -214,26 +236,24 @@ def settle_micro_batch(
     return {"micro_batch": micro_batch, "forward_batch": forward_batch}
 
 
-def checkpoint_to_resume(config: Config) -> dict[str, Any] | None:
-    """--resume's checkpoint, else the newest good one in --output_dir (unless --auto_resume false), else None."""
-    if config.resume:
-        return checkpoints.load(config.resume)
-    output = Path(config.output_dir)
-    found = checkpoints.newest(output) if config.auto_resume and output.is_dir() else None
-    if found is None:
-        return None
-    print(f"going on from {found[0]}, step {found[1]['step']}", flush=True)
-    return found[1]
+def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:
+    """The input size that a checkpoint's weights are for: the one that was trained last."""
+    if state is None:
+        return plan.records[0].input_size
+    return state["input_size"] or plan.locate(max(state["step"] - 1, 0))[0].input_size
 
 
 def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, summary: dict[str, Any]) -> None:
     """The resolved configuration, the plan and what the run runs on, beside the checkpoints."""
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "config.yaml").write_text(to_yaml(config))
-    (output / "plan.json").write_text(json.dumps(summary) + "\n")
-    (output / "plan.svg").write_text(plan_picture(plan))
-    about = environment(topology.device, topology.world_size)
-    (output / "environment.json").write_text(json.dumps(about, indent=1) + "\n")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "config.yaml", to_yaml(config))
+        write_text(output / "plan.json", json.dumps(summary) + "\n")
+        write_text(output / "plan.svg", plan_picture(plan))
+        about = environment(topology.device, topology.world_size)
+        write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
+    except OSError as error:
+        raise OSError(f"--output_dir {output} cannot be written: {error.strerror}") from None
     print(table(summary, config.baseline_epochs), flush=True)
 
 

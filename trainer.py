@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import checkpoints
 from config import Config
-from curriculum import CurriculumSampler, Epoch, Plan, RandAugment, set_input_size
-from datasets import Source, eval_loader, train_loader
-from engine import NonFiniteLoss, Training, evaluate, train_epoch, unwrap
-from inputs.finish import Finish
-from inputs.transforms import EvalTransform, TrainTransform
+from curriculum import CurriculumSampler, Epoch, Plan, set_input_size
+from datasets import Source, eval_loader
+from engine import Training, evaluate, train_epoch, unwrap
+from inputs.transforms import EvalTransform
 from logs import Progress, RunLog, duration_text, progress_line
-from models import param_groups
-from utils import STOPPED, StopVote, Topology, all_sum, barrier, broadcast_buffers, wrap
+from numerics import NonFinite, snapshot
+from parts import load_state, make_batches, make_finish, make_optimizer, make_scaler
+from report import SAMPLES, save_samples, write_report
+from saving import Saver
+from utils import STOPPED, Agreement, Topology, broadcast_buffers, from_main, leave_stop_note, wrap
+from watchdog import Watchdog
 
 
 class Trainer:
@@ -35,7 +36,13 @@ class Trainer:
         plan, sampler: what to do, and this process's share of it.
         model: at the input size of the epoch to start with.
         sources: training and validation set.
+        agreement: on stopping and saving; it has been listening to signals since the process started.
+        identity: what the run is (:func:`identity.identify`), for its checkpoints.
         state: the checkpoint to go on from, None at the start.
+
+    Raises:
+        ValueError: a setting that cannot work. Nothing has been written then.
+        BadCheckpoint: ``state`` does not fit the model or the optimizer.
     """
 
     def __init__(
@@ -46,25 +53,24 @@ class Trainer:
         sampler: CurriculumSampler,
         model: nn.Module,
         sources: tuple[Source, Source],
+        agreement: Agreement,
+        identity: dict[str, Any],
         state: dict[str, Any] | None,
     ) -> None:
         self.config, self.topology, self.plan = config, topology, plan
-        self.sources, self.output = sources, Path(config.output_dir)
+        self.sources, self.agreement, self.identity = sources, agreement, identity
+        self.output = Path(config.output_dir)
         self.num_classes = config.num_classes or len(sources[0].classes)
         model.to(topology.device)
         if config.channels_last:
             model.to(memory_format=torch.channels_last)
         ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
         optimizer = make_optimizer(config, model)
-        scaler = torch.amp.GradScaler(topology.device.type, enabled=config.amp == "fp16")
+        scaler = make_scaler(config, topology.device)
         self.best: dict[str, Any] = {"acc1": -1.0}
         self.first_epoch = 0
         if state is not None:
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            scaler.load_state_dict(state["scaler"])
-            if ema is not None:
-                ema.module.load_state_dict(state["model_ema"])
+            load_state(state, identity, model, ema, optimizer, scaler)
             self.best, self.first_epoch = state["best"], state["epoch"]
             sampler.start_step = state["step"]
         self.training = Training(
@@ -80,15 +86,16 @@ class Trainer:
             clip_grad=config.clip_grad,
             smoothing=config.smoothing,
             channels_last=config.channels_last,
+            skip_nonfinite=config.on_nonfinite == "skip",
             step=sampler.start_step,
         )
-        if state is not None and topology.is_main:  # sums of the epoch in progress, of all processes
-            sums = self.training.loss.sums
-            sums += torch.tensor(state["meters"]["loss"], dtype=sums.dtype).to(sums.device)
+        if state is not None:
+            self.training.loss.load(state["meters"], topology.is_main)
         # So that the time of an epoch counts what was spent on it before a stop.
         self.epoch_started = time.perf_counter() - (state["meters"]["seconds"] if state is not None else 0.0)
-        self.stop = StopVote()
-        self.log = RunLog(self.output if topology.is_main else None, sampler.start_step)
+        self.saver = Saver(self.output, config.save_interval, config.keep_checkpoints, plan, topology)
+        self.save_agreed = False
+        self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
         self.progress = Progress(plan)
         self.evaluated = [
             epoch.index
@@ -99,40 +106,50 @@ class Trainer:
 
     def fit(self) -> int:
         """Trains to the end of the plan. Returns the exit code: 0 done, 75 stopped by a signal after saving."""
-        config, training = self.config, self.training
-        augment = RandAugment()
-        transform = TrainTransform(
-            self.plan.base_size,
-            self.plan.operator,
-            augment,
-            scale=config.crop_scale,
-            flip=config.hflip,
-            pipeline=config.pipeline,
-        )
-        pin = self.topology.device.type == "cuda"
-        batches = iter(train_loader(self.sources[0], transform, training.sampler, config.num_workers, pin))
         started = time.perf_counter()
-        for epoch in self.plan.records[self.first_epoch :]:
-            self._set_input_size(epoch.input_size)
-            self.epoch = epoch
-            self.progress.mark()
-            try:
-                stopped = train_epoch(training, epoch, batches, self._after_step)
-                loss = training.loss.mean()
-            except NonFiniteLoss:
-                raise NonFiniteLoss(
-                    f"the loss is not finite near step {training.step} (stage {epoch.stage + 1}, input size "
-                    f"{epoch.input_size}); lower --lr, set --clip_grad, or use --amp bf16 or none"
-                ) from None
-            if stopped:
-                self._save(epoch.index)
-                return self._stopped()
-            self._finish_epoch(epoch, loss)
+        self.log = RunLog(self.output if self.topology.is_main else None, self.training.step, self.first_epoch)
+        with self.watchdog:
+            stopped_in = self._run()
         self.log.close()
+        if stopped_in is not None:
+            return self._stopped()
         if self.topology.is_main:
             best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
             print(f"done in {duration_text(time.perf_counter() - started)}{best}: {self.output}", flush=True)
         return 0
+
+    def _run(self) -> Epoch | None:
+        """Trains the epochs that are left. Returns the one in which a signal stopped it, having saved."""
+        batches = make_batches(self.config, self.plan, self.training.sampler, self.sources[0], self.topology.device)
+        stage = None
+        try:
+            for epoch in self.plan.records[self.first_epoch :]:
+                self._set_input_size(epoch.input_size)
+                if epoch.stage != stage and self.topology.is_main:
+                    self.training.watch = self._save_samples
+                self.epoch, stage = epoch, epoch.stage
+                self.progress.mark()
+                stopped = self._poll() or train_epoch(self.training, epoch, batches, self._after_step)
+                if stopped or self._finish_epoch(epoch):
+                    self._save(epoch.index, required=True)
+                    return epoch
+        except NonFinite as error:
+            message = None
+            if self.topology.is_main:
+                message = snapshot(error, self.output, self.training.sampler, self.sources[0])
+            raise NonFinite(from_main(message), error.step) from None
+        finally:
+            batches.close()  # ends the loader's workers
+        return None
+
+    def _save_samples(self, images: torch.Tensor) -> None:
+        """The first images of a stage, for the report."""
+        self.training.watch = None
+        shown = self.training.finish.pixels(images[:SAMPLES])
+        try:
+            save_samples(self.output / "samples" / f"stage-{self.epoch.stage + 1}.png", shown)
+        except OSError as error:
+            print(f"warning: samples for the report could not be written: {error}", flush=True)
 
     def _set_input_size(self, size: int) -> None:
         training = self.training
@@ -155,15 +172,25 @@ class Trainer:
                 eta = self.progress.eta(step, epoch, left)
                 print(progress_line(self.plan, epoch, step, loss, lr, speed, eta, self.topology.device), flush=True)
                 self.log.interval(step, {"loss": loss, "lr": lr, "input_size": epoch.input_size, "images_per_s": speed})
+        if self._poll():
+            return True
         last = step == epoch.first_step + epoch.steps  # then it is saved after the evaluation
-        if not last and self.plan.due(self.config.save_interval, step):
+        if not last and (self.save_agreed or self.saver.due(step)):
             self._save(epoch.index)
             self.progress.mark()
-        return self.stop.poll()
+        self.watchdog.beat(f"training, after step {step}")
+        return False
 
-    def _finish_epoch(self, epoch: Epoch, loss: float) -> None:
-        """Evaluates if it is time, writes the epoch's record, saves if it is time."""
+    def _poll(self) -> bool:
+        """Whether all processes agreed to stop; that they agreed to save is kept for the next step that can."""
+        stop, save = self.agreement.poll(self.saver.wanted())
+        self.save_agreed = self.save_agreed or save
+        return stop
+
+    def _finish_epoch(self, epoch: Epoch) -> bool:
+        """Evaluates, writes the epoch's record and saves, as far as it is time. True if a signal stopped it."""
         training, plan = self.training, self.plan
+        loss = training.loss.mean()
         end = epoch.first_step + epoch.steps
         seconds = max(time.perf_counter() - self.epoch_started, 1e-9)
         images = epoch.steps * epoch.batch_size
@@ -182,17 +209,22 @@ class Trainer:
         }
         better = False
         if epoch.index in self.evaluated:
-            result, better = self._evaluate(epoch)
+            if (result := self._evaluate(epoch)) is None:
+                return True
+            better = self._is_better(result)
             record.update(result)
         self.log.epoch(record)
         training.loss.reset()
         self.epoch_started = time.perf_counter()
         done = epoch.index == len(plan) - 1
-        if done or better or plan.due(self.config.save_interval, end):
-            self._save(epoch.index + 1, better)
+        if done or better or self.save_agreed or self.saver.due(end):
+            self._save(epoch.index + 1, better, required=done)
+        if epoch.index in self.evaluated:
+            self._report()
+        return False
 
-    def _evaluate(self, epoch: Epoch) -> tuple[dict[str, Any], bool]:
-        """Evaluates model and moving average; returns the record's new fields and whether the best was beaten."""
+    def _evaluate(self, epoch: Epoch) -> dict[str, Any] | None:
+        """Evaluates model and moving average; returns the record's new fields, None if a signal stopped it."""
         started = time.perf_counter()
         config, training = self.config, self.training
         final = epoch.stage == len(self.plan.stages) - 1
@@ -207,16 +239,16 @@ class Trainer:
             if size != epoch.input_size:  # a copy, for resizing there and back would change the weights
                 module = copy.deepcopy(module)
                 set_input_size(module, size)
-            scores = evaluate(module, self._eval_loader(size, base), training.finish, size, training.device, config.amp)
+            batch = training.sampler.micro_batch * max(1, int((self.plan.base_size / size) ** 2))
+            transform = EvalTransform(base, size, self.plan.operator, config.crop_pct)
+            t, stop = self.topology, self._after_batch
+            pin = t.device.type == "cuda"
+            loader = eval_loader(self.sources[1], transform, batch, t.rank, t.world_size, config.num_workers, pin)
+            scores = evaluate(module, loader, training.finish, size, t.device, config.amp, stop=stop)
+            if scores is None:
+                return None
             result["eval_images"] = scores["images"]
             result.update({f"test_{key}{suffix}": scores[key] for key in ("loss", "acc1", "acc5")})
-        better = False
-        if size == (config.eval_size or self.plan.base_size):
-            for weights in ("model", "model_ema"):
-                acc1 = result.get("test_acc1" + weights.removeprefix("model"), -1.0)
-                if acc1 > self.best["acc1"]:
-                    self.best = {"acc1": acc1, "step": training.step, "weights": weights, "eval_size": size}
-                    better = True
         self.progress.evaluation_seconds = time.perf_counter() - started
         if self.topology.is_main:
             ema = f"  EMA {result['test_acc1_ema']:.2f} %" if training.ema else ""
@@ -225,81 +257,64 @@ class Trainer:
                 f"loss {result['test_loss']:.4f}  on {result['eval_images']} images",
                 flush=True,
             )
-        return result, better
+        return result
 
-    def _eval_loader(self, size: int, base: int):
-        t = self.topology
-        batch = self.training.sampler.micro_batch * max(1, int((self.plan.base_size / size) ** 2))
-        transform = EvalTransform(base, size, self.plan.operator, self.config.crop_pct)
-        return eval_loader(
-            self.sources[1], transform, batch, t.rank, t.world_size, self.config.num_workers, t.device.type == "cuda"
-        )
+    def _after_batch(self) -> bool:
+        """Of an evaluation. True stops it."""
+        self.watchdog.beat(f"evaluating, after step {self.training.step}")
+        return self._poll()
 
-    def _save(self, epoch: int, better: bool = False) -> None:
-        """Writes checkpoint-last, -<step> and, if ``better``, -best. ``epoch`` is the first one not finished."""
+    def _is_better(self, result: dict[str, Any]) -> bool:
+        """Whether an evaluation at the base size (or at --eval_size) beat the best one; if so, it is the best now."""
+        better, size = False, result["eval_size"]
+        if size == (self.config.eval_size or self.plan.base_size):
+            for weights in ("model", "model_ema"):
+                acc1 = result.get("test_acc1" + weights.removeprefix("model"), -1.0)
+                if acc1 > self.best["acc1"]:
+                    self.best = {"acc1": acc1, "step": self.training.step, "weights": weights, "eval_size": size}
+                    better = True
+        return better
+
+    def _save(self, epoch: int, better: bool = False, required: bool = False) -> None:
+        """Writes the checkpoint of now. ``epoch`` is the first one not finished."""
         training = self.training
-        training.loss.mean()  # a loss that is not finite is never saved as good
-        sums = all_sum(training.loss.sums.clone())
-        if self.topology.is_main:
-            payload = {
-                "model": unwrap(training.model).state_dict(),
+        training.loss.mean()  # what is not finite is never saved as good
+        meters = {**training.loss.state(), "seconds": time.perf_counter() - self.epoch_started}
+
+        def make() -> dict[str, Any]:
+            model = unwrap(training.model)
+            return {
+                "model": model.state_dict(),
                 "model_ema": training.ema.module.state_dict() if training.ema else None,
                 "optimizer": training.optimizer.state_dict(),
                 "scaler": training.scaler.state_dict(),
                 "step": training.step,
                 "epoch": epoch,
+                "input_size": model.input_size,
                 "best": self.best,
-                "meters": {"loss": sums.tolist(), "seconds": time.perf_counter() - self.epoch_started},
+                "meters": meters,
+                "identity": self.identity,
                 "config": json.loads(json.dumps(asdict(self.config))),
                 "classes": list(self.sources[0].classes),
             }
-            last = self.output / checkpoints.LAST
-            checkpoints.save(last, payload)
-            if self.config.keep_checkpoints:
-                checkpoints.link(last, self.output / f"checkpoint-{training.step}.pth")
-                checkpoints.prune(self.output, self.config.keep_checkpoints)
-            if better:
-                checkpoints.link(last, self.output / checkpoints.BEST)
-        barrier()
+
+        self.watchdog.beat(f"writing the checkpoint of step {training.step}")
+        self.saver.save(make, (training.step, epoch), better, required)
+        self.save_agreed = False
+        self.watchdog.beat(f"training, after step {training.step}")
 
     def _stopped(self) -> int:
-        self.log.close()
+        self._report()
         if self.topology.is_main:
-            (self.output / "stopped.json").write_text(json.dumps({"step": self.training.step, "exit_code": STOPPED}))
+            leave_stop_note(self.output, self.training.step)
             print(
                 f"stopped by a signal after step {self.training.step}; the same command goes on from there", flush=True
             )
         return STOPPED
 
-
-def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimizer of that name over our parameter groups; the fused or foreach form where there is one."""
-    options: dict[str, Any] = {}
-    if config.opt_eps is not None:
-        options["eps"] = config.opt_eps
-    if config.opt_betas is not None:
-        options["betas"] = config.opt_betas
-    if config.opt in ("adamw", "adam", "sgd"):
-        options["fused"] = True
-    groups = param_groups(model, config.weight_decay, config.layer_decay)
-    try:
-        return create_optimizer_v2(
-            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise ValueError(f"--opt {config.opt}: {error}") from None
-
-
-def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
-    """What happens to a batch on the device."""
-    return Finish(
-        num_classes=num_classes,
-        operator=operator,
-        base_size=config.input_size,
-        erasing=config.reprob,
-        mixup=config.mixup,
-        cutmix=config.cutmix,
-        mixup_prob=config.mixup_prob,
-        switch_prob=config.mixup_switch_prob,
-        smoothing=config.smoothing,
-    )
+    def _report(self) -> None:
+        if self.topology.is_main:
+            try:
+                write_report(self.output)
+            except OSError as error:
+                print(f"warning: the report could not be written: {error}", flush=True)

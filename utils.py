@@ -1,16 +1,19 @@
-"""Processes and devices: distributed set-up, reductions, seeds, and the agreement to stop."""
+"""Processes and devices: distributed set-up, reductions, and the agreement to stop and to save."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import sys
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,8 +36,11 @@ class Topology:
         return self.rank == 0
 
 
-def init_topology(device: str, deterministic: bool) -> Topology:
+def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topology:
     """Joins the process group that torchrun's environment describes (none: one process) and takes a device.
+
+    Args:
+        timeout: how long a collective operation waits for the other processes.
 
     Raises:
         ValueError: a device that is not there.
@@ -57,13 +63,17 @@ def init_topology(device: str, deterministic: bool) -> Topology:
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
     return Topology(int(os.environ.get("RANK", 0)), world_size, place)
 
 
 def close_topology() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def all_sum(values: torch.Tensor) -> torch.Tensor:
@@ -80,9 +90,12 @@ def all_min(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def barrier() -> None:
+def from_main(value: Any) -> Any:
+    """What the main process holds, on all of them."""
+    values = [value]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
 def broadcast_buffers(*modules: nn.Module | None) -> None:
@@ -112,42 +125,56 @@ def no_sync(model: nn.Module):
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-class StopVote:
-    """Lets SIGTERM or SIGUSR1 to any process stop all of them at the same optimizer step.
+class Agreement:
+    """Lets SIGTERM or SIGUSR1 to any process stop all of them, and one process's clock make all of them save, at the
+    same optimizer step.
 
-    Each step starts a small asynchronous sum of the processes' flags over gloo and reads the one of the step before, so
-    nothing waits for it and no device is synchronised.
+    Each step starts a small asynchronous sum of the processes' wishes over gloo and reads the one of the step before,
+    so nothing waits for it and no device is synchronised. Signals only set a flag: a second one changes nothing.
+
+    Args:
+        timeout: how long to wait for the other processes.
     """
 
-    def __init__(self) -> None:
-        self.requested = False
+    def __init__(self, timeout: timedelta) -> None:
+        self.stop_requested = False
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo") if dist.is_initialized() else None
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
         for name in ("SIGTERM", "SIGUSR1"):
-            signal.signal(getattr(signal, name), self._request)
+            signal.signal(getattr(signal, name), self._request_stop)
 
-    def _request(self, number: int, _frame) -> None:
-        self.requested = True
+    def _request_stop(self, number: int, _frame) -> None:
+        if not self.stop_requested:  # print() is not for signal handlers
+            os.write(2, f"{signal.Signals(number).name}: saving and stopping after this optimizer step\n".encode())
+        self.stop_requested = True
 
-    def poll(self) -> bool:
-        """Whether to stop now. Every process must call it equally often; all get the same answer."""
+    def poll(self, save: bool = False) -> tuple[bool, bool]:
+        """Whether to (stop, save) now, as some process wished one call earlier (at once, if there is only one process).
+
+        Every process must call it equally often; all get the same answer.
+        """
         if self._group is None:
-            return self.requested
-        decided = False
+            return self.stop_requested, save
+        stop_now = save_now = False
         if self._pending is not None:
             work, votes = self._pending
             work.wait()
-            decided = bool(votes.item())
-        votes = torch.tensor([float(self.requested)])
+            stop_now, save_now = (vote > 0 for vote in votes.tolist())
+        votes = torch.tensor([float(self.stop_requested), float(save and not save_now)])
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
-        return decided
+        return stop_now, save_now
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file so that it is whole at any time: as it was or as it is to be."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def leave_stop_note(output: Path, step: int) -> None:
     """Says in the output folder that the run was stopped on purpose: torchrun turns a worker's exit code into 1."""
-    temporary = output / (STOP_NOTE + ".tmp")
-    temporary.write_text(json.dumps({"step": step, "exit_code": STOPPED}) + "\n")
-    os.replace(temporary, output / STOP_NOTE)
+    write_text(output / STOP_NOTE, json.dumps({"step": step, "exit_code": STOPPED}) + "\n")
 
 
 def stays_stopped(output: Path, topology: Topology) -> bool:
@@ -167,8 +194,22 @@ def stays_stopped(output: Path, topology: Topology) -> bool:
     return False
 
 
+def explain(error: RuntimeError) -> str | None:
+    """One line about an error of the machine rather than of the code: a process that died, memory; None for others."""
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"out of device memory: lower --micro_batch, or set it to auto ({text[:200]})"
+    if re.search(r"DataLoader worker .*(killed|exited)", text):
+        return f"{text}; if the machine ran out of memory, lower --num_workers"
+    kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) if dist.is_available() else ()
+    if isinstance(error, kinds) or re.search(r"gloo|Connection (closed|reset) by peer|Timed out waiting", text):
+        return f"lost another process of this run: see what it said, or what ended it ({text[:200]})"
+    return None
+
+
 def die(message: str, code: int = 1) -> int:
-    """Prints one line on standard error, with the rank if there are several, and returns the exit code."""
-    rank = f"[rank {os.environ['RANK']}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
-    print(f"error: {rank}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    """Prints one line on standard error, with rank and host if there are several, and returns the exit code."""
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if several else ""
+    print(f"error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
     return code

@@ -5,9 +5,10 @@ from __future__ import annotations
 import bisect
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, repeat
 
 from curriculum.presets import Curriculum, resolve
 
@@ -24,6 +25,7 @@ class Epoch:
         input_size: B, pixels a side.
         magnitude: RandAugment magnitude (0 to 10), None for no RandAugment.
         batch_size: images per optimizer step, over all devices.
+        replay: of these, one in ``replay`` is loaded; the rest come from the replay buffer (1: all are loaded).
         steps: optimizer steps in it.
         start, stop: the stretch of training progress it covers, shares of the plan's clock in [0, 1].
         first_step: optimizer steps of the run before it.
@@ -34,6 +36,7 @@ class Epoch:
     input_size: int
     magnitude: float | None
     batch_size: int
+    replay: int
     steps: int
     start: float
     stop: float
@@ -46,6 +49,7 @@ class Stage:
 
     input_size: int
     batch_size: int
+    replay: int
     steps: int
     steps_per_pass: int
     first_step: int
@@ -221,6 +225,7 @@ def build_plan(
     operator: str | None = None,
     early_large_batch: bool = False,
     lr_rule: str = "sqrt",
+    replay: Sequence[int] = (),
 ) -> Plan:
     """Plans a run.
 
@@ -245,6 +250,8 @@ def build_plan(
         early_large_batch: larger batches at small sizes, so that many devices stay busy (EfficientTrain++ Section 5.3):
             (base / B)^2, rounded to a power of two, times ``batch_size``.
         lr_rule: ``sqrt`` or ``linear``: how the learning rate follows such a batch.
+        replay: for each stage (1 for those not given), how many times a loaded image is used on average; a pass over
+            the training set then takes that many times the steps (EfficientTrain++ Section 5.3).
 
     Raises:
         ValueError: a setting out of range, fewer images than a batch, or a stage too short for one step.
@@ -275,7 +282,9 @@ def build_plan(
     changes = {key: value for key, value in (("operator", operator), ("magnitude", magnitude)) if value is not None}
     chosen = Curriculum(**{**vars(chosen), **changes})  # checks the overrides as it checks a file
 
-    stages = _stages(chosen, epochs, num_images, batch_size, early_large_batch)
+    if any(factor < 1 for factor in replay):
+        raise ValueError(f"--replay is {list(replay)}; each stage's factor is a whole number from 1")
+    stages = _stages(chosen, epochs, num_images, batch_size, early_large_batch, replay)
     plan = Plan(
         curriculum=chosen,
         epochs=epochs,
@@ -297,12 +306,17 @@ def build_plan(
 
 
 def _stages(
-    curriculum: Curriculum, epochs: float, num_images: int, batch_size: int, early_large_batch: bool
+    curriculum: Curriculum,
+    epochs: float,
+    num_images: int,
+    batch_size: int,
+    early_large_batch: bool,
+    replay: Sequence[int],
 ) -> tuple[Stage, ...]:
     base = curriculum.base_size
     budget = epochs * (num_images // batch_size)  # in full-size steps of the base batch
     spent, first_step, rows = 0.0, 0, []
-    for until, size in curriculum.stages:
+    for (until, size), factor in zip(curriculum.stages, chain(replay, repeat(1))):
         pixels = (size / base) ** 2
         batch = batch_size * 2 ** max(0, round(-math.log2(pixels))) if early_large_batch else batch_size
         cost = batch / batch_size * (pixels if curriculum.clock == "compute" else 1)
@@ -313,7 +327,7 @@ def _stages(
                 f"gets {max(steps, 0)} optimizer steps of {batch} of the {num_images} images; raise --epochs, lower "
                 "--batch_size, or choose --curriculum none"
             )
-        rows.append((size, batch, steps, num_images // batch, first_step, spent))
+        rows.append((size, batch, factor, steps, num_images * factor // batch, first_step, spent))
         spent, first_step = spent + steps * cost, first_step + steps
     ends = [*(row[-1] / spent for row in rows[1:]), 1.0]
     return tuple(Stage(*row[:-1], start=row[-1] / spent, stop=end) for row, end in zip(rows, ends))
@@ -334,6 +348,7 @@ def _records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: f
                     input_size=stage.input_size,
                     magnitude=_magnitude(curriculum, start, per_step, max_magnitude),
                     batch_size=stage.batch_size,
+                    replay=stage.replay,
                     steps=steps,
                     start=start,
                     stop=stage.stop if last else stage.start + (done + steps) * per_step,

@@ -12,7 +12,8 @@ from torch.utils.data import Sampler
 from curriculum.plan import Epoch, Plan
 
 _MASK = (1 << 64) - 1
-ORDER, SAMPLE, GROUP, FORWARD = range(4)  # streams of derived seeds: shuffling, images, erasing and mixing, drop path
+# Streams of derived seeds: shuffling, images, erasing and mixing, drop path, the replay buffer's choice.
+ORDER, SAMPLE, GROUP, FORWARD, REPLAY = range(5)
 
 
 def derive_seed(*values: int) -> int:
@@ -33,6 +34,8 @@ class CurriculumSampler(Sampler):
     long. Processes take equal shares of the list, in order. At a size B below the base one forward pass takes several
     groups, up to (base / B)^2, since they cost what one costs at full size. So which images meet in a group, and what
     becomes of each, depends neither on the number of processes nor on that of workers.
+
+    In a stage with replay, only the first 1 / replay of each group is loaded: the replay buffer fills it up.
 
     Each batch is a list of ``(index, size, magnitude, seed)``: the image, the input size B in pixels, the RandAugment
     magnitude (None for none) and the seed of its crop, flip and RandAugment, made of run seed, epoch and index alone.
@@ -65,6 +68,12 @@ class CurriculumSampler(Sampler):
     ) -> None:
         self.plan, self.seed, self.rank, self.world_size = plan, seed, rank, world_size
         self.micro_batch = _check_groups(plan.batch_size, micro_batch, world_size, 2 if even_groups else 1)
+        for stage in plan.stages:
+            if self.micro_batch % stage.replay:
+                raise ValueError(
+                    f"--micro_batch {self.micro_batch} cannot be 1/{stage.replay} fresh images, as --replay asks at "
+                    f"input size {stage.input_size}: make it a multiple of {stage.replay}"
+                )
         self.forward_batch = forward_batch or {}
         self.start_step = start_step
 
@@ -92,9 +101,10 @@ class CurriculumSampler(Sampler):
                 continue
             order = self.permutation(epoch)
             for step in range(max(0, self.start_step - epoch.first_step), epoch.steps):
+                fresh = self.micro_batch // epoch.replay
                 for groups in self.passes(epoch):
-                    first = step * epoch.batch_size + groups.start * self.micro_batch
-                    indices = order[first : first + len(groups) * self.micro_batch].tolist()
+                    first = step * epoch.batch_size // epoch.replay + groups.start * fresh
+                    indices = order[first : first + len(groups) * fresh].tolist()
                     yield [
                         (index, epoch.input_size, epoch.magnitude, derive_seed(self.seed, SAMPLE, epoch.index, index))
                         for index in indices

@@ -65,6 +65,8 @@ def create_model(
     is_timm = hasattr(model, "pretrained_cfg")
     if drop_path > 0 and is_timm and not any(getattr(module, "drop_prob", 0) for module in model.modules()):
         raise ValueError(f"--drop_path {drop_path}: {name} has none; use --drop_path 0")
+    if not hasattr(model, "num_classes"):
+        model.num_classes = num_classes
     model.rebuild = rebuild
     model.size_multiple = _size_multiple(model)
     return model

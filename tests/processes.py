@@ -122,10 +122,11 @@ def kill_after_epoch(epoch):
 
     original = trainer.Trainer._finish_epoch
 
-    def finish_epoch(self, record, loss):
-        original(self, record, loss)
+    def finish_epoch(self, record):
+        stopped = original(self, record)
         if record.index == epoch:
             os.kill(os.getpid(), signal.SIGKILL)
+        return stopped
 
     trainer.Trainer._finish_epoch = finish_epoch
 

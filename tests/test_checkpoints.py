@@ -171,8 +171,23 @@ def test_newest_skips_what_is_damaged_and_says_so(tmp_path, capsys):
     assert "checkpoint-3.pth" in said and "checkpoint-last.pth" in said and "checkpoint-2.pth" not in said
 
 
-def test_newest_leaves_alone_what_is_no_step_of_the_run(tmp_path):
+def test_newest_is_the_best_one_where_nothing_else_is_left_or_it_is_further_on(tmp_path):
     checkpoints.save(tmp_path / "checkpoint-best.pth", payload(7))
+    assert checkpoints.newest(tmp_path)[1]["step"] == 7
+    checkpoints.save(tmp_path / "checkpoint-last.pth", payload(6))
+    assert checkpoints.newest(tmp_path)[1]["step"] == 7
+    checkpoints.save(tmp_path / "checkpoint-last.pth", payload(7, epoch=2))  # after the evaluation
+    assert checkpoints.newest(tmp_path)[0].name == "checkpoint-last.pth"
+
+
+def test_newest_of_damaged_files_only_is_an_error(tmp_path):
+    for name in ("checkpoint-last.pth", "checkpoint-3.pth"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(BadCheckpoint, match=r"--output_dir .*checkpoint-3.pth, checkpoint-last.pth"):
+        checkpoints.newest(tmp_path)
+
+
+def test_newest_leaves_alone_what_is_no_step_of_the_run(tmp_path):
     checkpoints.save(tmp_path / "other.pth", payload(8))
     checkpoints.save(tmp_path / "checkpoint-last.pth.tmp", payload(9))
     assert checkpoints.newest(tmp_path) is None
@@ -202,7 +217,7 @@ def test_prune_keeps_the_newest(tmp_path):
     shutil.copy(tmp_path / "checkpoint-2.pth", tmp_path / "checkpoint-best.pth")
     shutil.copy(tmp_path / "checkpoint-2.pth", tmp_path / "checkpoint-last.pth")
     (tmp_path / "checkpoint-5.pth.bak").write_text("")
-    checkpoints.prune(tmp_path, 2)
+    checkpoints.prune(tmp_path, 2, trusted=tmp_path / "checkpoint-100.pth")
     assert sorted(os.listdir(tmp_path)) == [
         "checkpoint-10.pth",
         "checkpoint-100.pth",
@@ -212,10 +227,67 @@ def test_prune_keeps_the_newest(tmp_path):
     ]
 
 
+def test_prune_never_removes_the_only_good_one(tmp_path, capsys):
+    for step in (1, 2, 3):
+        checkpoints.save(tmp_path / f"checkpoint-{step}.pth", payload(step))
+    for step in (2, 3):
+        path = tmp_path / f"checkpoint-{step}.pth"
+        path.write_bytes(path.read_bytes()[:-500])
+    checkpoints.prune(tmp_path, 2)
+    checkpoints.prune(tmp_path, 0)
+    assert checkpoints.newest(tmp_path)[1]["step"] == 1
+    assert "older ones are kept" in capsys.readouterr().out
+    checkpoints.save(tmp_path / "checkpoint-3.pth", payload(3))
+    checkpoints.prune(tmp_path, 2)
+    assert not (tmp_path / "checkpoint-1.pth").exists()
+
+
+@pytest.mark.parametrize("version", range(1, checkpoints.FORMAT_VERSION + 1))
+def test_every_format_version_can_be_read(version):
+    """A file of each, as it was written then: 9 steps of `tests.tiny_models:plain`."""
+    state = checkpoints.load(Path(__file__).parent / "golden" / f"checkpoint-v{version}.pth")
+    assert (state["step"], state["epoch"], state["format_version"]) == (9, 2, version)
+    assert state["model"]["stem.weight"].shape == (8, 3, 8, 8)
+    assert {"input_size", "identity"} <= set(state)
+
+
 def test_unknown_format_version_is_named(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint-last.pth"
     monkeypatch.setattr(checkpoints, "FORMAT_VERSION", 99)
     checkpoints.save(path, payload())
     monkeypatch.undo()
-    with pytest.raises(BadCheckpoint, match="format version 99"):
+    with pytest.raises(BadCheckpoint, match="format version 99; this code reads versions 1 to 2"):
         checkpoints.load(path)
+
+
+def test_what_was_written_wrongly_does_not_take_the_old_one_s_place(tmp_path, monkeypatch):
+    """The checksum is of what was meant to be written: a disk that alters it is noticed before the rename."""
+    path = tmp_path / "checkpoint-last.pth"
+    checkpoints.save(path, payload(1))
+    original = checkpoints._HashingWriter.write
+
+    def alter(self, data):
+        data = bytes(data)
+        if len(data) > 100:
+            original_file, self.file = self.file, Altering(self.file)
+            written = original(self, data)
+            self.file = original_file
+            return written
+        return original(self, data)
+
+    monkeypatch.setattr(checkpoints._HashingWriter, "write", alter)
+    with pytest.raises(OSError, match="reads back other than it was written"):
+        checkpoints.save(path, payload(2))
+    assert checkpoints.load(path)["step"] == 1 and os.listdir(tmp_path) == ["checkpoint-last.pth"]
+
+
+class Altering:
+    """A file that flips a bit of what it is given."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def write(self, data):
+        data = bytearray(data)
+        data[50] ^= 4
+        return self.file.write(data)

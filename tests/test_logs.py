@@ -36,7 +36,7 @@ def curves(folder):
 
 
 def test_records_and_curves(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     log.interval(1, {"loss": 2.0})
     log.epoch(record(3, magnitude=None, test_acc1=50.0))
     log.interval(4, {"loss": 1.0})
@@ -55,26 +55,26 @@ def test_records_and_curves(tmp_path):
 
 
 def test_curves_can_be_read_while_the_run_goes_on(tmp_path):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     log.interval(1, {"loss": 2.0})
     assert curves(tmp_path) == {"train/loss": [(1, 2.0)]}
     log.close()
 
 
-@pytest.mark.parametrize("step, kept", [(0, []), (3, [3]), (5, [3]), (6, [3, 6]), (99, [3, 6, 9])])
-def test_resume_cuts_back(tmp_path, step, kept):
-    log = RunLog(tmp_path, 0)
+@pytest.mark.parametrize("epoch, kept", [(0, []), (3, []), (4, [3]), (6, [3]), (7, [3, 6]), (99, [3, 6, 9])])
+def test_resume_cuts_back_to_the_finished_epochs(tmp_path, epoch, kept):
+    log = RunLog(tmp_path, 0, 0)
     for number in (3, 6, 9):
         log.epoch(record(number))
     with open(tmp_path / "log.txt", "a") as file:
         file.write('{"epoch": 12, "st')
-    RunLog(tmp_path, step).close()
+    RunLog(tmp_path, 0, epoch).close()
     assert steps(tmp_path) == kept
     assert (tmp_path / "log.txt").read_text().count("\n") == len(kept)
 
 
 def test_other_processes_write_nothing(tmp_path):
-    log = RunLog(None, 0)
+    log = RunLog(None, 0, 0)
     log.epoch(record(1))
     log.interval(1, {"loss": 1.0})
     log.close()
@@ -97,7 +97,7 @@ class FullDisk:
 
 @pytest.mark.parametrize("room", [0, 1, 30])
 def test_full_disk_loses_no_record(tmp_path, monkeypatch, capsys, room):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
     log.epoch(record(1))
     monkeypatch.setattr(logs.os, "write", FullDisk(room))
     log.epoch(record(2))
@@ -112,7 +112,7 @@ def test_full_disk_loses_no_record(tmp_path, monkeypatch, capsys, room):
 
 
 def test_tensorboard_on_a_full_disk_does_not_stop_or_block_the_run(tmp_path, monkeypatch, capsys):
-    log = RunLog(tmp_path, 0)
+    log = RunLog(tmp_path, 0, 0)
 
     def fail(_event):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,7 +12,7 @@ from curriculum import CurriculumSampler, build_plan, set_input_size
 from engine import Training, train_epoch, unwrap
 from inputs.finish import Finish
 from models import create_model
-from trainer import make_optimizer
+from parts import make_optimizer
 from utils import Topology, wrap
 
 SMALLEST = ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny", "cswin_tiny", "pvt_tiny", "caformer_s18"]

@@ -2,9 +2,9 @@
 
 import signal
 from functools import partial
+from pathlib import Path
 
 import pytest
-import torch
 from conftest import Run, flags, same
 from processes import Program, kill_after_epoch, kill_after_step
 
@@ -83,7 +83,7 @@ def test_a_run_that_did_not_go_on_exactly_is_noticed(folder, tmp_path, undisturb
     elif tamper == "moment":
         state["optimizer"]["state"][0]["exp_avg"].view(-1)[0] += 1e-6
     else:
-        argv += ["--seed", "1"]
+        argv += ["--seed", "1", "--allow_change", "seed"]
     checkpoints.save(path, state)
     (tmp_path / "run" / f"checkpoint-{BOUNDARY}.pth").unlink()
     assert main_program(argv) == 0
@@ -119,10 +119,30 @@ def test_log_of_later_steps_is_cut_back(folder, tmp_path, main_program):
     assert same(Run(tmp_path / "run").result(), whole)
 
 
-def test_old_auto_resume_false_starts_again(folder, tmp_path, main_program):
-    argv = flags(output_dir=tmp_path / "run", data_path=folder)
-    assert main_program(argv) == 0
-    first = Run(tmp_path / "run").result()
-    assert main_program([*argv, "--auto_resume", "false", "--seed", "1"]) == 0
-    assert not same(Run(tmp_path / "run").result(), first)
-    assert torch.is_tensor(Run(tmp_path / "run").state()["model"]["stem.weight"])
+@pytest.mark.parametrize("version", [1, 2])
+def test_going_on_from_every_checkpoint_format(folder, tmp_path, main_program, version):
+    """The end of a run whose first 9 steps were trained when that format was new, on other images."""
+    golden = Path(__file__).parent / "golden" / f"checkpoint-v{version}.pth"
+    output = tmp_path / "run"
+    argv = flags(output_dir=output, data_path=folder, model="tests.tiny_models:plain", model_ema=True, resume=golden)
+    assert main_program([*argv, "--allow_change", "data"]) == 0
+    state = Run(output).state()
+    assert state["step"] == 22 and [record["epoch"] for record in Run(output).log()] == [2, 3, 4]
+    moments = state["optimizer"]["state"]
+    assert {int(moment["step"]) for moment in moments.values()} == {22}  # the optimizer went on too
+
+
+def test_the_command_with_resume_goes_on_from_what_it_has_done(folder, tmp_path, main_program, capsys):
+    """Launched again, --resume FILE does not go back to the file; another file is another start."""
+    first = flags(output_dir=tmp_path / "first", data_path=folder, save_interval="1 steps", keep_checkpoints=100)
+    assert main_program(first) == 0
+    argv = flags(output_dir=tmp_path / "second", data_path=folder, save_interval="1 steps")
+    from_8 = [*argv, "--resume", str(tmp_path / "first" / "checkpoint-8.pth")]
+    from_4 = [*argv, "--resume", str(tmp_path / "first" / "checkpoint-4.pth")]
+    assert Program(from_8, tmp_path / "log", fault=partial(kill_after_step, 12)).wait() == -signal.SIGKILL
+    for command, source, step in ((from_8, "second", 11), (from_4, "first", 4)):
+        capsys.readouterr()
+        assert main_program(command) == 0
+        said = capsys.readouterr().out
+        assert f"{source}/checkpoint-" in said.splitlines()[0] and f"step {step}" in said.splitlines()[0]
+    assert same(Run(tmp_path / "second").result()["state"], Run(tmp_path / "first").result()["state"])

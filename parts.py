@@ -1,0 +1,114 @@
+"""The parts of a run, made from its settings: batches, optimizer, scaler, finishing; and filled from a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from checkpoints import BadCheckpoint
+from config import Config
+from curriculum import CurriculumSampler, Plan, RandAugment
+from datasets import Source, TrainSet, training_batches
+from inputs.bad_files import BadFiles
+from inputs.device import DeviceAugment, DeviceTransform
+from inputs.finish import Finish
+from inputs.transforms import TrainTransform
+from models import param_groups
+
+
+def make_batches(
+    config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
+    augment, on_device = RandAugment(), config.augment_on == "device"
+    transform = TrainTransform(
+        plan.base_size,
+        plan.operator,
+        augment,
+        scale=config.crop_scale,
+        flip=config.hflip,
+        pipeline=config.pipeline,
+    )
+    return training_batches(
+        TrainSet(
+            source,
+            DeviceTransform(transform) if on_device else transform,
+            BadFiles(config.max_bad, Path(config.output_dir)),
+        ),
+        sampler,
+        device,
+        config.num_workers,
+        DeviceAugment(plan.operator, augment.fill) if on_device else None,
+        config.replay_memory * 1e9,
+    )
+
+
+def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """fp16's; of constant scale 1 where it only serves to leave out steps that are not finite; else disabled."""
+    if config.amp != "fp16" and config.on_nonfinite == "skip":
+        return torch.amp.GradScaler(device.type, init_scale=1.0)
+    return torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over our parameter groups; the fused or foreach form where there is one."""
+    options: dict[str, Any] = {}
+    if config.opt_eps is not None:
+        options["eps"] = config.opt_eps
+    if config.opt_betas is not None:
+        options["betas"] = config.opt_betas
+    if config.opt in ("adamw", "adam", "sgd"):
+        options["fused"] = True
+    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    try:
+        return create_optimizer_v2(
+            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise ValueError(f"--opt {config.opt}: {error}") from None
+
+
+def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
+    """What happens to a batch on the device."""
+    return Finish(
+        num_classes=num_classes,
+        operator=operator,
+        base_size=config.input_size,
+        erasing=config.reprob,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        mixup_prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        smoothing=config.smoothing,
+    )
+
+
+def load_state(
+    state: dict[str, Any],
+    identity: dict[str, Any],
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+) -> None:
+    """Fills a run's parts from a checkpoint. Raises BadCheckpoint where they do not fit it.
+
+    A moving average that the checkpoint lacks starts from its weights; the state of another optimizer is not taken.
+    """
+    try:
+        model.load_state_dict(state["model"])
+        if ema is not None:
+            ema.module.load_state_dict(state["model_ema"] or state["model"])
+        if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
+            optimizer.load_state_dict(state["optimizer"])
+        if scaler.is_enabled() and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise BadCheckpoint(f"the checkpoint of step {state['step']} does not fit these settings: {reason}") from None
