@@ -73,6 +73,7 @@ def plan_of(config: Config):
         max_magnitude=config.max_magnitude,
         operator=config.operator,
         early_large_batch=config.early_large_batch,
+        replay=config.replay or (),
         lr_rule=config.lr_rule,
     )
 

@@ -1,0 +1,102 @@
+"""scripts/results.py on made-up finished runs: grouping, comparison, speed-ups, files and complaints."""
+
+import csv
+import importlib.util
+import json
+import sys
+import xml.etree.ElementTree as ElementTree
+from dataclasses import asdict
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from config import Config
+
+spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
+results = importlib.util.module_from_spec(spec)
+sys.modules["results"] = results
+spec.loader.exec_module(results)
+
+
+@pytest.fixture
+def make(tmp_path):
+    """``make("name", top1, seconds, ...)`` writes what a run leaves behind."""
+
+    def call(
+        name, top1, seconds, curriculum="efficienttrain++", speedup=1.52, progress=1.0, devices="8 x H100", **settings
+    ):
+        path = tmp_path / "runs" / name
+        path.mkdir(parents=True)
+        settings = {"model": "swin_tiny", "curriculum": curriculum, "output_dir": str(path), **settings}
+        config = json.loads(json.dumps(asdict(Config(**settings))))
+        (path / "config.yaml").write_text(yaml.safe_dump(config))
+        stages = [{}] if curriculum == "none" else [{}, {}, {}]
+        total = {"speedup_flops": speedup, "speedup_pixels": 1.5, "equivalent_epochs": 200.0}
+        plan = {"curriculum": curriculum, "base_size": 224, "epochs": 200, "stages": stages, "total": total}
+        (path / "plan.json").write_text(json.dumps(plan))
+        record = {"step": 9, "progress": progress, "seconds": seconds / 2, "test_acc1": top1}
+        (path / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in ({**record, "progress": 0.5}, record)))
+        (path / "environment.json").write_text(json.dumps({"devices": devices}))
+        return path
+
+    return call
+
+
+def lines_of(*paths):
+    papers = json.loads((ROOT / "recipes" / "papers.json").read_text())
+    return results.collect(results.find_runs(paths), papers)
+
+
+def test_seeds_are_one_line_beside_the_papers(make):
+    for seed, top1 in enumerate((81.4, 81.6, 81.8)):
+        root = make(f"s{seed}", top1, 3600, seed=seed, rows=["pp.t7.swin_tiny", "pp.f7.swin_tiny.200"]).parent
+    make("other", 70.0, 3600, lr=1e-3)
+    make("base/0", 81.3, 5400, "none", 1.0, rows=["pp.t7.swin_tiny.baseline"])
+    make("base/elsewhere", 81.3, 90000, "none", 1.0, seed=1, devices="1 x CPU", rows=["pp.t7.swin_tiny.baseline"])
+    table = {line["row"]: line for line in lines_of(root)}
+    line = table["pp.t7.swin_tiny"]
+    assert (line["table"], line["runs"], line["top-1"]) == ("++ Table 7", "3", "81.60 ± 0.20")
+    assert (line["theirs"], line["difference"]) == ("81.6", "+0.00")
+    assert (line["less compute"], line["theirs "]) == ("1.52x", "1.51x")
+    assert (line["less time"], line["theirs  "]) == ("1.50 ± 0.00x", "1.49x")  # against the run on as many devices
+    assert line["training time"] == "1:00:00"
+    assert table["pp.f7.swin_tiny.200"]["table"] == "++ Fig. 7"
+    assert table["pp.t7.swin_tiny.baseline"]["runs"] == "2" and table["pp.t7.swin_tiny.baseline"]["less time"] == ""
+    assert (table[""]["table"], table[""]["theirs"], table[""]["difference"]) == ("Other runs", "", "")
+
+
+def test_the_average_counts_where_there_is_one_and_fine_tuning_for_pre_training(make):
+    path = make("a", 80.0, 60, rows=["iccv.t7.cswin_base"])
+    log = path / "log.txt"
+    log.write_text(log.read_text().replace('"test_acc1": 80.0', '"test_acc1": 80.0, "test_acc1_ema": 82.5'))
+    (line,) = lines_of(path)
+    assert line["top-1"] == "82.50" and line["theirs"] == ""  # 85.6 is the accuracy after fine-tuning
+    tuned = make("b", 85.5, 60, "none", rows=["iccv.t7.cswin_base"], finetune="weights.pth")
+    (line,) = lines_of(tuned)
+    assert (line["theirs"], line["difference"]) == ("85.6", "-0.10")
+
+
+def test_files(make, tmp_path, capsys):
+    make("one", 80.5, 60, rows=["pp.t7.swin_tiny"])
+    make("unfinished", 10.0, 60, progress=0.7)
+    assert results.main([str(tmp_path / "runs"), "--output", str(tmp_path / "an out")]) == 0
+    printed = capsys.readouterr()
+    assert "unfinished: not finished" in printed.err
+    assert (tmp_path / "an out" / "results.md").read_text() + "\n" == printed.out
+    assert "## ++ Table 7" in printed.out and "| pp.t7.swin_tiny | swin_tiny |" in printed.out
+    (row,) = csv.DictReader((tmp_path / "an out" / "results.csv").open())
+    assert (row["top-1"], row["top-1, theirs"], row["less compute, theirs"]) == ("80.50", "81.6", "1.51x")
+    for name in ("compute.svg", "time.svg"):
+        ElementTree.fromstring((tmp_path / "an out" / name).read_text())
+
+
+def test_nothing_to_collect(make, tmp_path, capsys):
+    assert results.main([str(tmp_path)]) == 1 and "holds no run" in capsys.readouterr().err
+    make("unfinished", 10.0, 60, progress=0.7)
+    assert results.main([str(tmp_path)]) == 1 and "no run is finished" in capsys.readouterr().err
+
+
+def test_a_real_run(train, capsys):
+    assert results.main([str(train(epochs=1).output)]) == 0
+    assert "## Other runs" in capsys.readouterr().out
