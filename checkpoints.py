@@ -181,12 +181,14 @@ def _place(payload: dict[str, Any]) -> tuple[int, int]:
 
 
 def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
-    """Removes all but the ``keep`` newest checkpoint-<step>.pth, if a good one stays.
+    """Removes all but the ``keep`` newest checkpoint-<step>.pth, if a good one stays, and what killed writes left.
 
     Args:
         trusted: one of those that stay, known to be good. Without it, or where it would not stay, those that stay are
             read to find one.
     """
+    for path in folder.glob("checkpoint-*.pth.tmp"):
+        path.unlink(missing_ok=True)
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name)))
     paths = [path for _, path in numbered]
     surplus, kept = paths[: max(len(paths) - keep, 0)], paths[max(len(paths) - keep, 0) :]
