@@ -15,7 +15,7 @@ set -euo pipefail
 
 # ---- on the login node -------------------------------------------------------------------------------------------
 submit() {
-    local recipe nodes=1 gpus=8 seeds="" warn=300 output="" log options=() flags=()
+    local recipe nodes=1 gpus=8 seeds="" warn=300 output="" log signal=TERM options=() flags=()
     [[ $# -ge 1 && $1 != --* ]] || usage "the recipe comes first"
     recipe=$1 && shift
     if [[ ! -f $recipe ]]; then # as seen from here, or from the repository's root
@@ -48,6 +48,9 @@ submit() {
     "$PYTHON" "$ROOT/main.py" "${flags[@]}" --output_dir "$output" --plan table \
         --devices $((nodes * (gpus ? gpus : 1))) || exit
 
+    # An older torchrun passes SIGTERM on to the workers, but dies of SIGUSR1.
+    if torchrun_takes "$PYTHON" --signals_to_handle; then signal=USR1; fi
+
     log=$output/slurm-%j.log
     if [[ -n $seeds ]]; then
         options=("--array=$seeds" "${options[@]}")
@@ -56,8 +59,12 @@ submit() {
     ((gpus == 0)) || options=("--gpus-per-node=$gpus" "--cpus-per-task=$((8 * gpus))" "${options[@]}")
     # Later options win, so --sbatch can replace any of these.
     sbatch --job-name="$(basename "$recipe" .yaml)" --nodes="$nodes" --ntasks-per-node=1 --requeue \
-        --signal="USR1@$warn" --open-mode=append --output="$log" "${options[@]}" \
+        --signal="$signal@$warn" --open-mode=append --output="$log" "${options[@]}" \
         "$ROOT/scripts/slurm.sh" job "$ROOT" "$PYTHON" "$gpus" "$warn" "$output" "${flags[@]}"
+}
+
+torchrun_takes() { # PYTHON OPTION: whether this environment's torchrun knows the option
+    [[ $("$1" -m torch.distributed.run --help) == *"$2"* ]]
 }
 
 usage() {
@@ -82,10 +89,12 @@ job() {
     torchrun=(
         "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node $((gpus ? gpus : 1))
         --rdzv_backend c10d --rdzv_endpoint "$head:$port" --rdzv_id "$SLURM_JOB_ID"
-        --signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
     )
+    if torchrun_takes "$python" --signals_to_handle; then
+        torchrun+=(--signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+    fi
     # After passing the signal on, torchrun waits half a minute for the workers to save; newer ones can wait longer.
-    if "$python" -m torch.distributed.run --help | grep -q -- --shutdown_timeout; then
+    if torchrun_takes "$python" --shutdown_timeout; then
         torchrun+=(--shutdown_timeout "$warn")
     fi
     [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || srun_options+=("--cpus-per-task=$SLURM_CPUS_PER_TASK")

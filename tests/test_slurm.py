@@ -12,7 +12,7 @@ from itertools import pairwise
 import pytest
 import torch
 from conftest import ROOT, flags
-from test_scripts import Checkout
+from test_scripts import PYTHON, Checkout
 
 # Each notes its arguments, one JSON list a line; sbatch can also run what it was given, as Slurm would.
 NOTE = f"""#!/bin/bash
@@ -28,10 +28,15 @@ class Cluster(Checkout):
     def __init__(self, base):
         super().__init__(base)
         self.notes_file = base / "notes"
+        self.torchrun_knows("--signals_to_handle --shutdown_timeout")
         for name, text in (("sbatch", NOTE), ("scontrol", SCONTROL), ("srun", SRUN)):
             self.program(self.tools / name, text)
         for name in ("basename", "head", "rm", "grep", "touch"):
             (self.tools / name).symlink_to(shutil.which(name))
+
+    def torchrun_knows(self, options):
+        answer = f'"-m torch.distributed.run --help") echo "{options}"; exit ;;\n"-m "*) exit ;;'
+        self.program(self.active / "bin" / "python", PYTHON.replace('"-m "*) exit ;;', answer))
 
     def call(self, *arguments, **environment):
         """Runs slurm.sh; returns the finished process and what the stand-ins were asked."""
@@ -98,7 +103,7 @@ def test_submission(cluster):
         "job", str(cluster.root), str(cluster.active / "bin" / "python"), "2", "60", output,
         "--recipe", str(recipe), "--data_path", "/data/image net", "--lr", "1e-3",
     ]  # fmt: skip
-    planned = cluster.calls_file.read_text().splitlines()[-1]
+    (planned,) = (line for line in cluster.calls_file.read_text().splitlines() if "main.py" in line)
     assert planned.endswith("--plan table --devices 8")
 
 
@@ -124,10 +129,18 @@ def test_a_job_starts_torchrun_on_every_node_with_a_port_of_its_own(cluster):
     pairs = dict(pairwise(run))
     assert pairs["--nnodes"] == "2" and pairs["--nproc_per_node"] == "4" and pairs["--rdzv_backend"] == "c10d"
     assert pairs["--rdzv_endpoint"] == "127.0.0.1:24242" and pairs["--rdzv_id"] == "4242"
-    assert "SIGUSR1" in pairs["--signals_to_handle"].split(",")
+    assert "SIGUSR1" in pairs["--signals_to_handle"].split(",") and pairs["--shutdown_timeout"] == "300"
     assert pairs["--recipe"] == str(cluster.root / "recipes" / "demo.yaml")
     _, notes = cluster.job(command, SLURM_JOB_ID="4243")
     assert dict(pairwise(notes[1]))["--rdzv_endpoint"] == "127.0.0.1:24243"
+
+
+def test_an_older_torchrun_is_stopped_by_sigterm(cluster):
+    cluster.torchrun_knows("--nnodes")
+    _, (command,) = cluster.call("recipes/demo.yaml", "--output_dir", "o")
+    assert "--signal=TERM@300" in command
+    _, notes = cluster.job(command)
+    assert not {"--signals_to_handle", "--shutdown_timeout"} & set(notes[1])
 
 
 def test_a_stopped_run_is_requeued_and_a_failed_one_is_not(cluster):
