@@ -169,7 +169,7 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
         lr_rule=config.lr_rule,
         replay=config.replay or (),
     )
-    for duration in (config.log_interval, config.eval_interval, config.save_interval):
+    for duration in (config.log_interval, config.eval_interval):
         parse_duration(duration)
     check_input_sizes(probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size}))
     return plan

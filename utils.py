@@ -61,10 +61,24 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
-        dist.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timeout)
-    return Topology(int(os.environ.get("RANK", 0)), world_size, place)
+        backend = "nccl" if kind == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timeout, **_torchrun_store(rank, world_size, timeout))
+    return Topology(rank, world_size, place)
+
+
+def _torchrun_store(rank: int, world_size: int, timeout: timedelta) -> dict[str, Any]:
+    """Where processes find each other under torchrun, fresh after each of its restarts.
+
+    Its store outlives the workers; with a fixed --master_addr, torch would find the addresses of those that died.
+    """
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return {}
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
 
 
 def close_topology() -> None:

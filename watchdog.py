@@ -46,9 +46,11 @@ class Watchdog:
             if self._done.wait(left):
                 return
         frames = traceback.extract_stack(sys._current_frames()[self._main])
-        places = " < ".join(f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in frames[:-4:-1])
+        own = [place for place, frame in enumerate(frames) if Path(frame.filename).parent == Path(__file__).parent]
+        places = [f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in frames]
+        called = ", in ".join(places[own[-1] : own[-1] + 2] if own else places[-2:])
         print(
-            f"error: [{self.who}] nothing happened for {self.timeout:g} s while {self.doing}; it stands in {places}. "
+            f"error: [{self.who}] nothing happened for {self.timeout:g} s while {self.doing}; it stands in {called}. "
             "Either this process's storage or loader hangs, or another process it waits for: see what the others say. "
             "If nothing hangs, raise --timeout",
             file=sys.stderr,

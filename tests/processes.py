@@ -1,6 +1,7 @@
 """main.py in processes of its own, forked from a server that has imported everything once: they start fast."""
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import signal
@@ -131,15 +132,28 @@ def kill_after_epoch(epoch):
     trainer.Trainer._finish_epoch = finish_epoch
 
 
-def fail_after_step(step):
-    """Raises an error that nothing expects once optimizer step number ``step`` is done."""
-    import trainer
+def call_before(place, action, *arguments, count=1):
+    """Calls ``action(*arguments)`` when the ``count``-th call of ``place``, e.g. "trainer.Trainer._save", begins."""
+    *owner, name = place.split(".")
+    target = importlib.import_module(owner[0])
+    for part in owner[1:]:
+        target = getattr(target, part)
+    original, left = getattr(target, name), [count]
 
-    original = trainer.Trainer._after_step
+    def wrapper(*args, **kwargs):
+        left[0] -= 1
+        if left[0] == 0:
+            action(*arguments)
+        return original(*args, **kwargs)
 
-    def after_step(self, lr, images):
-        if self.training.step == step:
-            raise RuntimeError("an unexpected error")
-        return original(self, lr, images)
+    setattr(target, name, wrapper)
 
-    trainer.Trainer._after_step = after_step
+
+def signal_self(*numbers):
+    for number in numbers:
+        os.kill(os.getpid(), number)
+
+
+def several(*faults):
+    for fault in faults:
+        fault()

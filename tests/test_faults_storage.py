@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 from conftest import Run, flags, same
-from processes import Program
+from processes import Program, call_before, several, signal_self
 from test_checkpoints import payload
 
 import checkpoints
@@ -266,12 +266,11 @@ def full_disk_while_stopping():
 
 
 def test_a_stop_that_cannot_save_says_so(folder, tmp_path, undisturbed):
-    argv = flags(output_dir=tmp_path / "run", data_path=folder, log_interval="1 steps", **SETTINGS)
-    program = Program(argv, tmp_path / "first", fault=full_disk_while_stopping)
-    program.wait_for("step 5/")
-    program.signal(signal.SIGTERM)
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
+    stop = partial(call_before, "trainer.Trainer._after_step", signal_self, signal.SIGTERM, count=5)
+    program = Program(argv, tmp_path / "first", fault=partial(several, full_disk_while_stopping, stop))
     assert program.wait() == 1
-    assert "No space left on device; the newest good one is of step " in program.output
+    assert "No space left on device; the newest good one is of step 3" in program.output
     assert not (tmp_path / "run" / "stopped.json").exists()
     assert Program(argv, tmp_path / "second").wait() == 0
     assert same(Run(tmp_path / "run").result(), undisturbed)
