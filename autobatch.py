@@ -101,7 +101,6 @@ class Trial:
             device=device,
             amp=config.amp,
             smoothing=config.smoothing,
-            channels_last=config.channels_last,
         )
         loaded = self.plan.base_size if self.plan.operator == "fourier" else size
         groups = range(images // training.sampler.micro_batch)

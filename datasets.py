@@ -21,7 +21,7 @@ from inputs.bad_files import BadFiles, load
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
-from inputs.transforms import EvalTransform, TrainTransform
+from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, map_classes
 
 
@@ -139,7 +139,9 @@ def training_batches(
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
-    loader = iter(DataLoader(data, batch_sampler=reading, **_options(workers, device.type == "cuda")))
+    loader = iter(
+        DataLoader(data, batch_sampler=reading, collate_fn=collate, **_options(workers, device.type == "cuda"))
+    )
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
             for groups in sampler.passes(epoch):

@@ -36,7 +36,6 @@ class Training:
     amp: str = "none"
     clip_grad: float | None = None
     smoothing: float = 0.0
-    channels_last: bool = False
     skip_nonfinite: bool = False  # leave out optimizer steps whose gradient is not finite; needs an enabled scaler
     step: int = 0
     watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
@@ -99,8 +98,6 @@ def forward_loss(
     images, targets = t.finish.train(images, targets, size, seeds, t.sampler.micro_batch)
     if t.watch is not None:
         t.watch(images)
-    if t.channels_last:
-        images = images.contiguous(memory_format=torch.channels_last)
     torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout
     with autocast(t.device, t.amp):
         logits = t.model(images)

@@ -86,6 +86,7 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
         mixup_prob=config.mixup_prob,
         switch_prob=config.mixup_switch_prob,
         smoothing=config.smoothing,
+        channels_last=config.channels_last,
     )
 
 

@@ -85,7 +85,6 @@ class Trainer:
             amp=config.amp,
             clip_grad=config.clip_grad,
             smoothing=config.smoothing,
-            channels_last=config.channels_last,
             skip_nonfinite=config.on_nonfinite == "skip",
             step=sampler.start_step,
         )
