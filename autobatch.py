@@ -86,33 +86,44 @@ class Trial:
 
     def train(self, size: int, images: int) -> None:
         """The run's own forward pass, loss and optimizer, twice: the optimizer's moments are made in the first step."""
-        config, device = self.config, self.topology.device
-        model = self.build(size).to(device)
-        if config.channels_last:
-            model.to(memory_format=torch.channels_last)
-        training = Training(
-            model=model.train(),
-            ema=deepcopy(model) if config.model_ema else None,
-            optimizer=make_optimizer(config, model),
-            scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
-            finish=make_finish(config, model.num_classes, self.plan.operator),
-            plan=self.plan,
-            sampler=CurriculumSampler(self.plan, micro_batch=2 - self.plan.batch_size % 2),
-            device=device,
-            amp=config.amp,
-            smoothing=config.smoothing,
-        )
-        loaded = self.plan.base_size if self.plan.operator == "fourier" else size
-        groups = range(images // training.sampler.micro_batch)
+        device = self.topology.device
+        step = blank_step(self.config, self.plan, self.build(size), images, device)
         for _ in range(2):
-            batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
-            loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), size, 0, groups)
-            training.scaler.scale(loss).backward()
-            training.scaler.step(training.optimizer)
-            training.scaler.update()
-            training.optimizer.zero_grad(set_to_none=True)
+            step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # an error of memory may come late
+
+
+def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> Callable[[], None]:
+    """A function that takes one optimizer step on ``images`` blank images, as the run would (``model`` is used up)."""
+    size = model.input_size
+    model.to(device)
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
+    training = Training(
+        model=model.train(),
+        ema=deepcopy(model) if config.model_ema else None,
+        optimizer=make_optimizer(config, model),
+        scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"),
+        finish=make_finish(config, model.num_classes, plan.operator),
+        plan=plan,
+        sampler=CurriculumSampler(plan, micro_batch=2 - plan.batch_size % 2),
+        device=device,
+        amp=config.amp,
+        smoothing=config.smoothing,
+    )
+    loaded = plan.base_size if plan.operator == "fourier" else size
+    groups = range(images // training.sampler.micro_batch)
+
+    def step() -> None:
+        batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
+        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), size, 0, groups)
+        training.scaler.scale(loss).backward()
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return step
 
 
 class Reckoning:

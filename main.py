@@ -22,6 +22,7 @@ from config import Config, load_curriculum, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, build_plan, check_input_sizes, parse_duration, summarize, table
 from curriculum.sampler import derive_seed
 from datasets import Source, build_source
+from doctor import examine
 from evaluation import evaluate_weights
 from identity import check_same_run, identify, parse_parts
 from models import create_model, freeze_body, load_weights
@@ -58,6 +59,8 @@ def main(argv: list[str]) -> int:
         with wrong_usage():
             topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
         try:
+            if config.doctor:
+                return diagnose(config, topology)
             return evaluate_weights(config, topology) if config.eval else train(config, topology)
         finally:
             close_topology()
@@ -107,6 +110,17 @@ def train(config: Config, topology: Topology) -> int:
     if topology.is_main:
         start_folder(Path(config.output_dir), config, topology, plan, summary)
     return trainer.fit()
+
+
+def diagnose(config: Config, topology: Topology) -> int:
+    """``--doctor``: measures this machine for the run that the settings describe; trains nothing, keeps nothing."""
+    with wrong_usage():
+        source = build_source(config, train=True)
+        classes = number_of_classes(config, source)
+        plan = make_plan(config, len(source), classes)
+        config = replace(config, **settle_micro_batch(config, plan, classes, topology, None))
+        sampler = make_sampler(config, plan, topology.world_size, topology.rank)
+    return examine(config, plan, sampler, source, partial(make_model, config, classes), topology)
 
 
 def show_plan(config: Config) -> int:

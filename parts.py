@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,26 +25,25 @@ def make_batches(
     config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
-    augment, on_device = RandAugment(), config.augment_on == "device"
+    on_device = DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
+    data = make_train_set(config, plan, source)
+    return training_batches(data, sampler, device, config.num_workers, on_device, config.replay_memory * 1e9)
+
+
+def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
+    """The training images as the loader's workers make them."""
     transform = TrainTransform(
         plan.base_size,
         plan.operator,
-        augment,
+        RandAugment(),
         scale=config.crop_scale,
         flip=config.hflip,
         pipeline=config.pipeline,
     )
-    return training_batches(
-        TrainSet(
-            source,
-            DeviceTransform(transform) if on_device else transform,
-            BadFiles(config.max_bad, Path(config.output_dir)),
-        ),
-        sampler,
-        device,
-        config.num_workers,
-        DeviceAugment(plan.operator, augment.fill) if on_device else None,
-        config.replay_memory * 1e9,
+    return TrainSet(
+        source,
+        DeviceTransform(transform) if config.augment_on == "device" else transform,
+        BadFiles(config.max_bad, config.output_dir),
     )
 
 
