@@ -46,6 +46,9 @@ class RunConfig:
     """Print what the run would do (picture: draw it, as plan.svg) and exit; no data needed if --num_images is given."""
     devices: int | None = None
     """Number of devices that --plan reckons with; default: those of this launch."""
+    doctor: bool = False
+    """Measure loading, copying and the training step at every input size on this machine, say what holds the run back,
+    and exit; a minute at most."""
     speeds: str | None = None
     """JSON file of measured speeds, {"images_per_s": {"96": ..., "224": ...}} of one device: --plan then tells time."""
     device: str = "auto"
@@ -276,13 +279,17 @@ def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         ValueError: not readable, not a mapping, or extending itself; names the file.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_text()
+        refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
+        content = None if refers else yaml.safe_load(text)
     except OSError as error:
         raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"recipe {path} is not a text file") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # the loader lets a bad date's ValueError through
         raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
+    if refers:  # which can grow without bounds
+        raise ValueError(f"recipe {path} refers to a part of itself (*name); write the values out")
     if not isinstance(content, dict):
         raise ValueError(f"recipe {path} must be a mapping of settings to values")
     parents = content.pop("extends", [])
