@@ -63,6 +63,7 @@ def site(tmp_path_factory):
 def run_main(site, main_program, monkeypatch):
     """Runs main.py's command line, reduced, in the site; makes the weights that it asks for by a run of a second."""
     monkeypatch.chdir(site)
+    monkeypatch.setattr("doctor.SECONDS", 0.02)
 
     def call(arguments):
         words = [word.replace("/data/", "data/") for word in arguments]
