@@ -43,6 +43,8 @@ def measure(root: Path, images: int, classes: int, workers: int) -> dict:
     fork = multiprocessing.get_context("fork")
     with fork.Pool(workers, initializer=keep, initargs=(index,)) as pool:
         grown = pool.map(look_up, range(workers), chunksize=1)
+        pool.close()
+        pool.join()  # leaving the block would end the workers by a signal that the program may have taken over
     result = {
         "images": images,
         "classes": classes,

@@ -42,16 +42,6 @@ def _text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@pytest.fixture(autouse=True)
-def own_signals():
-    """Runs inside the test process take over SIGTERM and SIGUSR1; gives them back."""
-    names = [signal.SIGTERM, signal.SIGUSR1]
-    before = [signal.getsignal(name) for name in names]
-    yield
-    for name, handler in zip(names, before):
-        signal.signal(name, handler)
-
-
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A folder of 3 classes with 48 training and 15 validation JPEGs, coloured noise that differs by class."""
@@ -76,10 +66,18 @@ def write_images(root, counts, seed=0, size=(40, 48)):
 
 @pytest.fixture(scope="session")
 def main_program():
-    """``main_program(argv)`` -> exit code of main.py in this process."""
+    """``main_program(argv)`` -> exit code of main.py in this process, which gets its signal handlers back."""
     import main
 
-    return main.main
+    def call(argv):
+        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+        try:
+            return main.main(argv)
+        finally:
+            for name, handler in before.items():
+                signal.signal(name, handler)
+
+    return call
 
 
 @pytest.fixture
