@@ -1,8 +1,9 @@
 """The method as a library: the plan, what an epoch shows of each image, and how a model follows the input size."""
 
 from curriculum.augment import RandAugment
+from curriculum.durations import parse_duration
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
-from curriculum.plan import Epoch, Plan, Stage, build_plan, parse_duration
+from curriculum.plan import Epoch, Plan, Stage, build_plan
 from curriculum.presets import PRESETS, Curriculum
 from curriculum.resize import check_input_sizes, set_input_size
 from curriculum.sampler import CurriculumSampler

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, repeat
 
+from curriculum.durations import parse_duration
 from curriculum.presets import Curriculum, resolve
-
-UNITS = ("epochs", "passes", "%", "steps")
 
 
 @dataclass(frozen=True)
@@ -188,23 +186,6 @@ class Plan:
 def _cosine(x: float) -> float:
     """1 at x = 0, 0 at x = 1."""
     return 0.5 * (1 + math.cos(math.pi * min(max(x, 0.0), 1.0)))
-
-
-def parse_duration(text: str | float) -> tuple[float, str]:
-    """``3.7`` (epochs of the plan's clock), ``20 passes``, ``20%`` or ``500 steps`` -> (value, unit).
-
-    Raises:
-        ValueError: not one of these forms.
-    """
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(epochs?|pass|passes|%|steps?)?\s*", str(text))
-    try:
-        value = float(match[1])
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"duration {text!r} is not understood; write 3.7 (epochs), 20 passes, 20% or 500 steps"
-        ) from None
-    unit = {"": "epochs", "epoch": "epochs", "pass": "passes", "step": "steps"}.get(match[2] or "", match[2])
-    return value, unit
 
 
 def build_plan(
