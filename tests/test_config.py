@@ -195,7 +195,7 @@ def test_wrong_flags(argv, words, capsys):
         ("recipe: other.yaml\n", ["'recipe'"]),
         ("help: 3\n", ["'help'"]),
         ("? [a, b]\n: 3\n", ["not YAML"]),
-        ("lr: " + "[" * 5000, ["not YAML"]),
+        ("lr: " + "[" * 1500, ["not YAML"]),
     ],
 )
 def test_wrong_recipes(content, words, recipe, capsys):

@@ -198,6 +198,16 @@ def test_on_with_another_number_of_processes(folder, tmp_path, main_program):
     assert Run(tmp_path / "run").state()["config"]["micro_batch"] == 4
 
 
+@pytest.mark.extended
+def test_soak(tmp_path):
+    """A sample of scripts/soak.sh."""
+    command = [sys.executable, str(ROOT / "tests" / "soak.py"), "--runs", "12", "--minutes", "2", "--seed", "1000"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "failed: 0" in done.stdout and "identical endings: " in done.stdout
+
+
 # -- hangs -------------------------------------------------------------------------------------------------------------
 
 QUICK = {**SETTINGS, "timeout": 0.05}  # 3 s
