@@ -138,6 +138,15 @@ def load(path: str | Path) -> dict[str, Any]:
     return _upgrade(payload)
 
 
+def verify_own(path: str | Path) -> None:
+    """Raises BadCheckpoint for a file with our checksum that does not match it. Other people's weights carry none."""
+    if not os.path.isfile(path):
+        return  # a name on a hub, or for others to say
+    with open(path, "rb") as file:
+        if _trailer(file).startswith(_MARK) and not _is_whole(file):
+            raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
+
+
 def _upgrade(payload: dict[str, Any]) -> dict[str, Any]:
     """Brings an earlier format to the present one; what it did not record is None."""
     if payload["format_version"] < 2:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import pkgutil
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import ImageNetInfo
 
+import checkpoints
 from config import Config
 from datasets import Source, build_source, eval_loader
 from engine import evaluate
@@ -20,6 +22,7 @@ from models import create_model, load_weights
 from models.reading import read_weights
 from parts import make_finish
 from utils import Topology
+from watchdog import Watchdog
 
 
 def evaluate_weights(config: Config, topology: Topology) -> int:
@@ -31,6 +34,7 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     source_of_weights = config.resume or config.finetune
     if source_of_weights is None:
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
+    checkpoints.verify_own(source_of_weights)
     content = read_weights(source_of_weights)
     source = _source(config)
     known = _model_classes(config, content, source)
@@ -58,7 +62,9 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
             )
         model.to(topology.device)
         started = time.perf_counter()
-        scores = evaluate(model, loader, finish, size, topology.device, config.amp, columns)
+        with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:
+            stop = partial(watchdog.beat, "evaluating")
+            scores = evaluate(model, loader, finish, size, topology.device, config.amp, columns, stop=stop)
         speed = scores["images"] / (time.perf_counter() - started)
         line = {"weights": key or "model", "eval_size": size, **scores, "images_per_s": round(speed, 1)}
         top = line.pop("predictions")

@@ -99,6 +99,7 @@ def train(config: Config, topology: Topology) -> int:
     torch.manual_seed(derive_seed(config.seed))
     model = make_model(config, classes, size_of_weights(plan, state))
     if config.finetune and state is None:
+        checkpoints.verify_own(config.finetune)
         report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
         if topology.is_main:
             print(report)

@@ -235,6 +235,15 @@ def test_a_process_that_hangs_is_reported_with_rank_host_and_place(folder, tmp_p
     assert "while training, after step 3" in said and "--timeout" in said
 
 
+def test_an_evaluation_alone_that_hangs(folder, tmp_path, main_program):
+    assert main_program(flags(output_dir=tmp_path / "run", data_path=folder, epochs=1)) == 0
+    argv = flags(data_path=folder, eval=True, resume=tmp_path / "run" / "checkpoint-last.pth", timeout=0.05)
+    hang = partial(call_before, "inputs.transforms.EvalTransform.__call__", time.sleep, 1000, count=9)
+    program = Program(argv, tmp_path / "log", fault=hang)
+    assert program.wait(60) == 1
+    assert "error: [rank 0 of 1 on " in program.output and "while evaluating" in program.output
+
+
 @pytest.mark.parametrize("action", ["stop", "kill"])
 def test_a_loader_process_that_hangs_or_dies(folder, tmp_path, action):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **QUICK)
