@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -97,6 +98,7 @@ class Trial:
 def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> Callable[[], None]:
     """A function that takes one optimizer step on ``images`` blank images, as the run would (``model`` is used up)."""
     size = model.input_size
+    epoch = replace(plan.records[0], input_size=size)
     model.to(device)
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -117,7 +119,7 @@ def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device
 
     def step() -> None:
         batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
-        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), size, 0, groups)
+        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), epoch, 0, groups)
         training.scaler.scale(loss).backward()
         training.scaler.step(training.optimizer)
         training.scaler.update()

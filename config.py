@@ -69,6 +69,8 @@ class RunConfig:
     """What may differ from the checkpoint that is resumed: any of model,data,curriculum,batch_size,seed,optimizer."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
+    stop_after: float | str | None = None
+    """Duration after which the run saves and ends, though its plan goes on; without it the same command goes on."""
     timeout: float = 30.0
     """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
 
@@ -148,7 +150,7 @@ class CurriculumConfig:
 
     curriculum: str | dict[str, Any] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
-    a YAML file, or in a recipe a mapping of the same form."""
+    progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
     epochs: float = 200
     """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
     warmup_epochs: float | str = "5%"

@@ -69,7 +69,7 @@ def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step:
         for groups in passes:
             images, targets = next(batches)
             with nullcontext() if groups is passes[-1] else no_sync(t.model):
-                loss = forward_loss(t, images, targets, epoch.input_size, step, groups)
+                loss = forward_loss(t, images, targets, epoch, step, groups)
                 t.scaler.scale(loss * (len(images) / share)).backward()
             t.loss.add(loss, len(images), step)
         if t.clip_grad is not None or t.scaler.is_enabled():
@@ -89,13 +89,15 @@ def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step:
 
 
 def forward_loss(
-    t: Training, images: torch.Tensor, targets: torch.Tensor, size: int, step: int, groups: range
+    t: Training, images: torch.Tensor, targets: torch.Tensor, epoch: Epoch, step: int, groups: range
 ) -> torch.Tensor:
     """Mean loss of one forward pass over ``groups`` of ``step``; (run seed, step, group) seed all its randomness."""
     seed = t.sampler.seed
     images, targets = images.to(t.device, non_blocking=True), targets.to(t.device, non_blocking=True)
     seeds = [derive_seed(seed, GROUP, step, group) for group in groups]
-    images, targets = t.finish.train(images, targets, size, seeds, t.sampler.micro_batch)
+    images, targets = t.finish.train(
+        images, targets, epoch.input_size, seeds, t.sampler.micro_batch, epoch.radius, epoch.mixing
+    )
     if t.watch is not None:
         t.watch(images)
     torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout
@@ -122,7 +124,8 @@ def evaluate(
     device: torch.device,
     amp: str = "none",
     columns: torch.Tensor | None = None,
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], bool | None] = lambda: False,
+    radius: float | None = None,
 ) -> dict[str, Any] | None:
     """Scores every image of ``loader``'s data set once, over all processes.
 
@@ -131,6 +134,7 @@ def evaluate(
         loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
         columns: the model's output for each of the data set's classes, where the two differ.
         stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
+        radius: of the low-pass filter that the images go through, None for none.
 
     Returns:
         ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5),
@@ -147,7 +151,7 @@ def evaluate(
     for images, targets, indices in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast(device, amp):
-            logits = model(finish.evaluate(images, size)).float()
+            logits = model(finish.evaluate(images, size, radius)).float()
         logits = logits if columns is None else logits[:, columns]
         best = logits.topk(min(5, logits.shape[1]), dim=1).indices
         top = best == targets[:, None]

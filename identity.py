@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from config import Config
-from curriculum import Plan
+from curriculum import Plan, Segment
 from datasets import Source
 
 PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
@@ -21,7 +21,7 @@ SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[str, Any]:
     """Plain types; the keys are PARTS, which ``--allow_change`` names."""
     curriculum = asdict(plan.curriculum)
-    curriculum["stages"] = [f"{size} until {until:g}" for until, size in plan.curriculum.stages]
+    curriculum["stages"] = [_segment(stage) for stage in plan.curriculum.stages]
     curriculum.update(
         epochs=plan.epochs,
         max_magnitude=plan.max_magnitude,
@@ -36,6 +36,11 @@ def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[s
         "seed": config.seed,
         "optimizer": _plain({key: getattr(config, key) for key in OPTIMIZER}),
     }
+
+
+def _segment(stage: Segment) -> str:
+    filtered = "" if stage.radius is None else f", low-pass {stage.radius:g}"
+    return f"{stage.input_size} until {stage.until:g}{filtered}" + f", mixing x {stage.mixing:g}" * (stage.mixing != 1)
 
 
 def fingerprint(source: Source) -> str:

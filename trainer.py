@@ -96,6 +96,7 @@ class Trainer:
         self.save_agreed = False
         self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
         self.progress = Progress(plan)
+        self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
         self.evaluated = [
             epoch.index
             for epoch in plan
@@ -104,12 +105,17 @@ class Trainer:
         ]
 
     def fit(self) -> int:
-        """Trains to the end of the plan. Returns the exit code: 0 done, 75 stopped by a signal after saving."""
+        """Trains to the end of the plan, or as far as --stop_after says.
+
+        Returns the exit code: 0 done, 75 stopped by a signal after saving.
+        """
         started = time.perf_counter()
         self.log = RunLog(self.output if self.topology.is_main else None, self.training.step, self.first_epoch)
         with self.watchdog:
             stopped_in = self._run()
         self.log.close()
+        if stopped_in is not None and self.training.step >= self.end:
+            return self._ended()
         if stopped_in is not None:
             return self._stopped()
         if self.topology.is_main:
@@ -118,7 +124,7 @@ class Trainer:
         return 0
 
     def _run(self) -> Epoch | None:
-        """Trains the epochs that are left. Returns the one in which a signal stopped it, having saved."""
+        """Trains the epochs that are left. Returns the one in which it stopped early, having saved."""
         batches = make_batches(self.config, self.plan, self.training.sampler, self.sources[0], self.topology.device)
         stage = None
         try:
@@ -128,7 +134,7 @@ class Trainer:
                     self.training.watch = self._save_samples
                 self.epoch, stage = epoch, epoch.stage
                 self.progress.mark()
-                stopped = self._poll() or train_epoch(self.training, epoch, batches, self._after_step)
+                stopped = self._poll() or self._at_end() or train_epoch(self.training, epoch, batches, self._after_step)
                 if stopped or self._finish_epoch(epoch):
                     self._save(epoch.index, required=True)
                     return epoch
@@ -139,6 +145,7 @@ class Trainer:
             raise NonFinite(from_main(message), error.step) from None
         finally:
             batches.close()  # ends the loader's workers
+            self.agreement.close()
         return None
 
     def _save_samples(self, images: torch.Tensor) -> None:
@@ -171,7 +178,7 @@ class Trainer:
                 eta = self.progress.eta(step, epoch, left)
                 print(progress_line(self.plan, epoch, step, loss, lr, speed, eta, self.topology.device), flush=True)
                 self.log.interval(step, {"loss": loss, "lr": lr, "input_size": epoch.input_size, "images_per_s": speed})
-        if self._poll():
+        if self._poll() or self._at_end():
             return True
         last = step == epoch.first_step + epoch.steps  # then it is saved after the evaluation
         if not last and (self.save_agreed or self.saver.due(step)):
@@ -186,6 +193,10 @@ class Trainer:
         self.save_agreed = self.save_agreed or save
         return stop
 
+    def _at_end(self) -> bool:
+        """Whether --stop_after ends the run here, before its plan does."""
+        return self.end <= self.training.step < self.plan.total_steps
+
     def _finish_epoch(self, epoch: Epoch) -> bool:
         """Evaluates, writes the epoch's record and saves, as far as it is time. True if a signal stopped it."""
         training, plan = self.training, self.plan
@@ -199,6 +210,7 @@ class Trainer:
             "progress": plan.progress(end),
             "equivalent_epochs": plan.equivalent_epochs(end),
             "input_size": epoch.input_size,
+            **({} if epoch.radius is None else {"radius": epoch.radius}),
             "magnitude": epoch.magnitude,
             "lr": plan.lr_at(end - 1),
             "train_loss": loss,
@@ -243,7 +255,9 @@ class Trainer:
             t, stop = self.topology, self._after_batch
             pin = t.device.type == "cuda"
             loader = eval_loader(self.sources[1], transform, batch, t.rank, t.world_size, config.num_workers, pin)
-            scores = evaluate(module, loader, training.finish, size, t.device, config.amp, stop=stop)
+            scores = evaluate(
+                module, loader, training.finish, size, t.device, config.amp, radius=epoch.radius, stop=stop
+            )
             if scores is None:
                 return None
             result["eval_images"] = scores["images"]
@@ -266,7 +280,8 @@ class Trainer:
     def _is_better(self, result: dict[str, Any]) -> bool:
         """Whether an evaluation at the base size (or at --eval_size) beat the best one; if so, it is the best now."""
         better, size = False, result["eval_size"]
-        if size == (self.config.eval_size or self.plan.base_size):
+        as_at_the_end = self.epoch.radius == self.plan.records[-1].radius
+        if size == (self.config.eval_size or self.plan.base_size) and as_at_the_end:
             for weights in ("model", "model_ema"):
                 acc1 = result.get("test_acc1" + weights.removeprefix("model"), -1.0)
                 if acc1 > self.best["acc1"]:
@@ -301,6 +316,11 @@ class Trainer:
         self.saver.save(make, (training.step, epoch), better, required)
         self.save_agreed = False
         self.watchdog.beat(f"training, after step {training.step}")
+
+    def _ended(self) -> int:
+        if self.topology.is_main:
+            print(f"ended after step {self.training.step}, as --stop_after says: {self.output}", flush=True)
+        return 0
 
     def _stopped(self) -> int:
         self._report()

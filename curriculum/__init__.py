@@ -3,8 +3,9 @@
 from curriculum.augment import RandAugment
 from curriculum.durations import parse_duration
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
-from curriculum.plan import Epoch, Plan, Stage, build_plan
-from curriculum.presets import PRESETS, Curriculum
+from curriculum.plan import Plan, build_plan
+from curriculum.presets import PRESETS, Curriculum, Segment
+from curriculum.records import Epoch, Stage
 from curriculum.resize import check_input_sizes, set_input_size
 from curriculum.sampler import CurriculumSampler
 from curriculum.summary import summarize, table
@@ -16,6 +17,7 @@ __all__ = [
     "Epoch",
     "Plan",
     "RandAugment",
+    "Segment",
     "Stage",
     "build_plan",
     "check_input_sizes",

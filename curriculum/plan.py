@@ -7,57 +7,10 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, repeat
 
 from curriculum.durations import parse_duration
 from curriculum.presets import Curriculum, resolve
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """One pass over the training set, or the last, shortened pass of a stage.
-
-    Attributes:
-        index: its place in the plan, from 0.
-        stage: the curriculum stage it belongs to, from 0.
-        input_size: B, pixels a side.
-        magnitude: RandAugment magnitude (0 to 10), None for no RandAugment.
-        batch_size: images per optimizer step, over all devices.
-        replay: of these, one in ``replay`` is loaded; the rest come from the replay buffer (1: all are loaded).
-        steps: optimizer steps in it.
-        start, stop: the stretch of training progress it covers, shares of the plan's clock in [0, 1].
-        first_step: optimizer steps of the run before it.
-    """
-
-    index: int
-    stage: int
-    input_size: int
-    magnitude: float | None
-    batch_size: int
-    replay: int
-    steps: int
-    start: float
-    stop: float
-    first_step: int
-
-
-@dataclass(frozen=True)
-class Stage:
-    """The epochs that share an input size. ``first_step`` counts optimizer steps, ``start``/``stop`` are progress."""
-
-    input_size: int
-    batch_size: int
-    replay: int
-    steps: int
-    steps_per_pass: int
-    first_step: int
-    start: float
-    stop: float
-
-    @property
-    def passes(self) -> float:
-        """Passes over the training set; the last is usually shortened."""
-        return self.steps / self.steps_per_pass
+from curriculum.records import Epoch, Stage, make_records, make_stages
 
 
 @dataclass(frozen=True)
@@ -182,6 +135,12 @@ class Plan:
         )
         return after > before
 
+    def first_after(self, duration: str | float) -> int:
+        """The number of optimizer steps with which ``duration`` has passed; all of them for one beyond the end."""
+        value, unit = parse_duration(duration)
+        steps = range(self.total_steps)
+        return bisect.bisect_left(steps, value - 1e-9, key=lambda step: self.measure(step, unit))
+
 
 def _cosine(x: float) -> float:
     """1 at x = 0, 0 at x = 1."""
@@ -265,7 +224,7 @@ def build_plan(
 
     if any(factor < 1 for factor in replay):
         raise ValueError(f"--replay is {list(replay)}; each stage's factor is a whole number from 1")
-    stages = _stages(chosen, epochs, num_images, batch_size, early_large_batch, replay)
+    stages = make_stages(chosen, epochs, num_images, batch_size, early_large_batch, replay)
     plan = Plan(
         curriculum=chosen,
         epochs=epochs,
@@ -279,74 +238,8 @@ def build_plan(
         max_magnitude=max_magnitude,
         lr_rule=lr_rule,
         stages=stages,
-        records=_records(stages, chosen, max_magnitude),
+        records=make_records(stages, chosen, max_magnitude),
     )
     if plan.warmup_progress >= 1:
         raise ValueError(f"--warmup_epochs {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
     return plan
-
-
-def _stages(
-    curriculum: Curriculum,
-    epochs: float,
-    num_images: int,
-    batch_size: int,
-    early_large_batch: bool,
-    replay: Sequence[int],
-) -> tuple[Stage, ...]:
-    base = curriculum.base_size
-    budget = epochs * (num_images // batch_size)  # in full-size steps of the base batch
-    spent, first_step, rows = 0.0, 0, []
-    for (until, size), factor in zip(curriculum.stages, chain(replay, repeat(1))):
-        pixels = (size / base) ** 2
-        batch = batch_size * 2 ** max(0, round(-math.log2(pixels))) if early_large_batch else batch_size
-        cost = batch / batch_size * (pixels if curriculum.clock == "compute" else 1)
-        steps = math.floor((until * budget - spent) / cost + 1e-9)
-        if steps < 1 or batch > num_images:
-            raise ValueError(
-                f"--epochs {epochs:g} is too short for curriculum {curriculum.name}: the stage at input size {size} "
-                f"gets {max(steps, 0)} optimizer steps of {batch} of the {num_images} images; raise --epochs, lower "
-                "--batch_size, or choose --curriculum none"
-            )
-        rows.append((size, batch, factor, steps, num_images * factor // batch, first_step, spent))
-        spent, first_step = spent + steps * cost, first_step + steps
-    ends = [*(row[-1] / spent for row in rows[1:]), 1.0]
-    return tuple(Stage(*row[:-1], start=row[-1] / spent, stop=end) for row, end in zip(rows, ends))
-
-
-def _records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: float) -> tuple[Epoch, ...]:
-    records: list[Epoch] = []
-    for number, stage in enumerate(stages):
-        per_step = (stage.stop - stage.start) / stage.steps
-        for done in range(0, stage.steps, stage.steps_per_pass):
-            steps = min(stage.steps_per_pass, stage.steps - done)
-            start = stage.start + done * per_step
-            last = done + steps == stage.steps
-            records.append(
-                Epoch(
-                    index=len(records),
-                    stage=number,
-                    input_size=stage.input_size,
-                    magnitude=_magnitude(curriculum, start, per_step, max_magnitude),
-                    batch_size=stage.batch_size,
-                    replay=stage.replay,
-                    steps=steps,
-                    start=start,
-                    stop=stage.stop if last else stage.start + (done + steps) * per_step,
-                    first_step=stage.first_step + done,
-                )
-            )
-    return tuple(records)
-
-
-def _magnitude(curriculum: Curriculum, progress: float, per_step: float, maximum: float) -> float | None:
-    """RandAugment magnitude of an epoch record that starts at ``progress`` (ICCV Section 4.2: m = progress x m0)."""
-    if curriculum.magnitude == "none":
-        return None
-    if curriculum.magnitude == "linear":
-        return maximum * progress
-    if curriculum.magnitude == "steps":
-        values = curriculum.magnitude_steps
-        # Stages end up to a step early: a record that starts less than a step before its segment belongs to it.
-        return values[min(int((progress + per_step) * len(values)), len(values) - 1)]
-    return maximum

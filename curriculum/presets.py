@@ -4,10 +4,28 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 OPERATORS = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
 MAGNITUDES = ("linear", "steps", "constant", "none")
 CLOCKS = ("epochs", "compute")
+
+
+class Segment(NamedTuple):
+    """A stretch of a curriculum's clock, and what the network is shown in it.
+
+    Attributes:
+        until: the share of the clock at which it ends, (0, 1].
+        input_size: B, pixels a side at the curriculum's base size.
+        radius: images are low-pass filtered by a disc of this radius in the spectrum (cycles per image side at the
+            base size, see :func:`curriculum.low_pass`); None for no filter. For the studies of ICCV Table 2.
+        mixing: factor on the alphas of mixup and cutmix, [0, 1]; 0 is no mixing. For progressive learning.
+    """
+
+    until: float
+    input_size: int
+    radius: float | None = None
+    mixing: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -17,7 +35,7 @@ class Curriculum:
     Attributes:
         name: what logs and plan.json call it.
         clock: ``epochs`` (one pass over the data costs 1) or ``compute`` (a pass at size B costs (B / base)^2).
-        stages: ``(until, input_size)`` pairs; ``until`` is the share of the clock, rising to 1.
+        stages: :class:`Segment` s, or tuples of their leading fields; ``until`` rises to 1.
         base_size: the full size for which those sizes were chosen; another base scales them in proportion.
         operator: how an image is reduced to B, one of ``OPERATORS``.
         magnitude: RandAugment schedule, one of ``MAGNITUDES``: ``linear`` 0 -> max with progress, ``steps`` (the
@@ -27,13 +45,14 @@ class Curriculum:
 
     name: str
     clock: str
-    stages: tuple[tuple[float, int], ...]
+    stages: tuple[Segment, ...]
     base_size: int = 224
     operator: str = "lanczos"
     magnitude: str = "linear"
     magnitude_steps: tuple[float, ...] = tuple(float(m) for m in range(10))
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stages", tuple(Segment(*stage) for stage in self.stages))
         for setting, value, allowed in (
             ("clock", self.clock, CLOCKS),
             ("operator", self.operator, OPERATORS),
@@ -41,18 +60,23 @@ class Curriculum:
         ):
             if value not in allowed:
                 raise ValueError(f"curriculum {self.name}: {setting} is {value!r}; choose one of {', '.join(allowed)}")
-        untils = [until for until, _ in self.stages]
+        untils = [stage.until for stage in self.stages]
         if not untils or untils[-1] != 1 or any(b <= a for a, b in zip([0.0, *untils], untils)):
             raise ValueError(
                 f"curriculum {self.name}: the stages' `until` must rise from above 0 and end at 1, got {untils}"
             )
         if not isinstance(self.base_size, int) or self.base_size < 1:
             raise ValueError(f"curriculum {self.name}: base_size is {self.base_size!r}; it must be a positive number")
-        if any(not 1 <= size <= self.base_size for _, size in self.stages):
+        if any(not 1 <= stage.input_size <= self.base_size for stage in self.stages):
             raise ValueError(
                 f"curriculum {self.name}: input sizes must be positive and at most base_size, {self.base_size}; got "
-                f"{', '.join(str(size) for _, size in self.stages)}"
+                f"{', '.join(str(stage.input_size) for stage in self.stages)}"
             )
+        for stage in self.stages:
+            if stage.radius is not None and not stage.radius >= 0:
+                raise ValueError(f"curriculum {self.name}: a stage's radius is {stage.radius}; it must be at least 0")
+            if not 0 <= stage.mixing <= 1:
+                raise ValueError(f"curriculum {self.name}: a stage's mixing is {stage.mixing}; it lies in [0, 1]")
         if not self.magnitude_steps or not all(0 <= value <= 10 for value in self.magnitude_steps):
             raise ValueError(
                 f"curriculum {self.name}: magnitude_steps is {list(self.magnitude_steps)}; it must be a list of "
@@ -93,6 +117,22 @@ def _linear(base: int, multiple: int) -> Curriculum:
     )
 
 
+def _progressive(base: int, multiple: int) -> Curriculum:
+    """Progressive learning (EfficientNetV2, ICML 2021, Algorithm 1 and Table 6), a baseline: in four equal stages the
+    input size rises linearly from 128 / 224 of the base, RandAugment from a third of its end, and mixing from nothing.
+    """
+    sizes = [round_to((128 + 32 * number) / 224 * base, multiple) for number in range(3)]
+    return Curriculum(
+        "progressive",
+        "epochs",
+        tuple(Segment((k + 1) / 4, size, mixing=k / 3) for k, size in enumerate((*sizes, base))),
+        base_size=base,
+        operator="bicubic",
+        magnitude="steps",
+        magnitude_steps=(3.0, 5.0, 7.0, 9.0),
+    )
+
+
 def _plus(name: str, *stages: tuple[float, int]) -> Curriculum:
     return Curriculum(name, "compute", stages)
 
@@ -103,18 +143,20 @@ _FIXED = {
     "efficienttrain++-convnext": _plus("efficienttrain++-convnext", (0.6, 160), (1.0, 224)),
     "efficienttrain++-deit": _plus("efficienttrain++-deit", (0.2, 96), (0.6, 160), (0.8, 192), (1.0, 224)),
 }
-_COMPUTED = {"efficienttrain": _efficienttrain, "efficienttrain-linear": _linear}
+_COMPUTED = {"efficienttrain": _efficienttrain, "efficienttrain-linear": _linear, "progressive": _progressive}
 PRESETS = ("none", *_COMPUTED, *_FIXED)
 
 
 def resolve(curriculum: str | dict | Curriculum, base_size: int, size_multiple: int) -> Curriculum:
     """A preset's name, a mapping (a YAML file's content) or a Curriculum -> one whose sizes fit base and model.
 
-    Sizes become ``round_m(B g / base)`` with m = ``size_multiple`` (halves up); equal neighbours merge.
+    Sizes become ``round_m(B g / base)`` with m = ``size_multiple`` (halves up); those of one's own curriculum for this
+    very base stay as they are. Equal neighbours merge.
 
     Raises:
         ValueError: unknown name or key, or stages that are no schedule.
     """
+    preset = isinstance(curriculum, str)
     if isinstance(curriculum, dict):
         curriculum = _from_mapping(curriculum)
     elif curriculum == "none":
@@ -126,20 +168,24 @@ def resolve(curriculum: str | dict | Curriculum, base_size: int, size_multiple: 
             curriculum = _FIXED[curriculum]
         else:
             raise ValueError(f"curriculum {curriculum!r} is unknown; choose one of {', '.join(PRESETS)} or a YAML file")
-    sizes = [
-        base_size if size == curriculum.base_size else round_to(size * base_size / curriculum.base_size, size_multiple)
-        for _, size in curriculum.stages
-    ]
-    merged: list[tuple[float, int]] = []
-    for (until, _), size in zip(curriculum.stages, sizes):
-        if merged and merged[-1][1] == size:
+    scale = base_size / curriculum.base_size
+    merged: list[Segment] = []
+    for stage in curriculum.stages:
+        size = stage.input_size
+        if size == curriculum.base_size:
+            size = base_size
+        elif preset or scale != 1:
+            size = round_to(size * scale, size_multiple)
+        radius = None if stage.radius is None else stage.radius * scale
+        stage = Segment(stage.until, size, radius, stage.mixing)
+        if merged and merged[-1][1:] == stage[1:]:
             merged.pop()
-        merged.append((until, size))
+        merged.append(stage)
     return replace(curriculum, stages=tuple(merged), base_size=base_size)
 
 
 def _from_mapping(mapping: dict) -> Curriculum:
-    """The form of a curriculum file: name, clock, base_size, operator, magnitude, stages: [{until, input_size}]."""
+    """The form of a curriculum file: the keys of :class:`Curriculum`, stages a list of :class:`Segment`'s keys."""
     known = set(Curriculum.__dataclass_fields__)
     unknown = sorted(set(mapping) - known)
     if unknown:
@@ -147,9 +193,12 @@ def _from_mapping(mapping: dict) -> Curriculum:
     if missing := {"clock", "stages"} - set(mapping):
         raise ValueError(f"curriculum file: {' and '.join(sorted(missing))} missing")
     try:
-        stages = tuple((float(stage["until"]), int(stage["input_size"])) for stage in mapping["stages"])
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError("curriculum file: stages must be a list of {until: SHARE, input_size: PIXELS}") from error
+        stages = tuple(_segment(**stage) for stage in mapping["stages"])
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "curriculum file: stages must be a list of {until: SHARE, input_size: PIXELS}, each with radius: CYCLES "
+            "and mixing: SHARE if wanted"
+        ) from error
     rest = {key: value for key, value in mapping.items() if key != "stages"}
     if "magnitude_steps" in rest:
         try:
@@ -157,3 +206,7 @@ def _from_mapping(mapping: dict) -> Curriculum:
         except (TypeError, ValueError):
             raise ValueError(f"curriculum file: magnitude_steps is {rest['magnitude_steps']!r}, not a list") from None
     return Curriculum(**{"name": "custom", **rest, "stages": stages})
+
+
+def _segment(until: float, input_size: int, radius: float | None = None, mixing: float = 1.0) -> Segment:
+    return Segment(float(until), int(input_size), None if radius is None else float(radius), float(mixing))

@@ -54,6 +54,8 @@ def summarize(
                 "cost": work[size] / work[plan.base_size],
                 "compute": images * work[size] / spent,
                 "loader": work[plan.base_size] / work[size],
+                "radius": stage.radius,
+                "mixing": stage.mixing,
                 **_sharing(epochs[0], sampler),
                 **_time(stage, sampler, images_per_s),
             }
@@ -126,7 +128,7 @@ def table(summary: dict[str, Any], baseline_epochs: float) -> str:
         lines.append(
             f"{number:>5} {stage['input_size']:>5} {f'{start:.1f} - {stop:.1f} %':>15} {stage['passes']:>8.1f} "
             f"{stage['steps']:>9} {stage['images']:>13,} {stage['batch_size']:>6} {magnitude:>11} "
-            f"{f'{low:.2e} - {high:.2e}':>19}"
+            f"{f'{low:.2e} - {high:.2e}':>19}{_shown(stage)}"
         )
     lines.append(
         f"{'total':>11} {'':>15} {total['passes']:>8.1f} {total['steps']:>9} {total['images']:>13,}   "
@@ -141,6 +143,12 @@ def table(summary: dict[str, Any], baseline_epochs: float) -> str:
     if total["flops"] is not None:
         lines.append(f"model: {total['params'] / 1e6:.1f} M parameters, {total['flops'] / 1e9:.1f} G multiply-adds")
     return "\n".join(lines)
+
+
+def _shown(stage: dict[str, Any]) -> str:
+    """What few curricula do to the images of a stage."""
+    radius = "" if stage["radius"] is None else f"  low-pass {stage['radius']:g}"
+    return radius + ("" if stage["mixing"] == 1 else f"  mixing x {stage['mixing']:.2g}")
 
 
 def _costs(summary: dict[str, Any]) -> list[str]:

@@ -3,13 +3,14 @@
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
 
-from curriculum.operators import low_frequency_crop
+from curriculum.operators import low_frequency_crop, low_pass
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -19,9 +20,10 @@ class Finish:
     """Turns uint8 batches into what the model takes, on whatever device they lie.
 
     Order: normalise; under the operator ``fourier`` erase at the base size and then crop the spectrum, else erase at B;
-    then mixup or cutmix. Erasing (per-pixel noise) and mixing (one lambda and box per group) are timm's. They act on
-    groups of consecutive images and are seeded by the group, so they depend neither on how many groups a forward pass
-    takes nor on the state of any global generator, which is left as it was found.
+    low-pass filter where the curriculum says so; then mixup or cutmix. Erasing (per-pixel noise) and mixing (one lambda
+    and box per group) are timm's. They act on groups of consecutive images and are seeded by the group, so they depend
+    neither on how many groups a forward pass takes nor on the state of any global generator, which is left as it was
+    found.
 
     Args:
         num_classes: of the soft targets.
@@ -67,26 +69,33 @@ class Finish:
         self.scale = tuple(1 / (255 * value) for value in std)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self._constants = {}
-        self.mixup = None
-        if mixup > 0 or cutmix > 0:
-            self.mixup = Mixup(
-                mixup_alpha=mixup,
-                cutmix_alpha=cutmix,
-                prob=mixup_prob,
-                switch_prob=switch_prob,
-                mode="batch",
-                label_smoothing=smoothing,
-                num_classes=num_classes,
-            )
+        self.alphas = (mixup, cutmix)
+        self._mixup = partial(
+            Mixup,
+            prob=mixup_prob,
+            switch_prob=switch_prob,
+            mode="batch",
+            label_smoothing=smoothing,
+            num_classes=num_classes,
+        )
 
     def train(
-        self, images: torch.Tensor, targets: torch.Tensor, size: int, seeds: Sequence[int], group_size: int
+        self,
+        images: torch.Tensor,
+        targets: torch.Tensor,
+        size: int,
+        seeds: Sequence[int],
+        group_size: int,
+        radius: float | None = None,
+        mixing: float = 1.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Finishes a training batch of ``len(seeds)`` groups.
 
         Args:
             images: uint8 (N, 3, S, S), S the base size under ``fourier``, else ``size``. targets: int64 (N,).
             size: input size B. seeds: one per group. group_size: images per group.
+            radius: of the disc that is kept of the spectrum, cycles per image side; None keeps all of it.
+            mixing: factor on both alphas; 0: no mixing.
         Returns:
             float32 images (N, 3, size, size), and soft targets (N, num_classes), or the integer ones without mixing.
         Raises:
@@ -94,7 +103,9 @@ class Finish:
         """
         if len(images) != len(seeds) * group_size:
             raise ValueError(f"{len(images)} images are not {len(seeds)} groups of {group_size}")
-        if self.mixup and group_size % 2:
+        alphas = [mixing * alpha for alpha in self.alphas]
+        mixup = self._mixup(*alphas) if any(alphas) else None
+        if mixup and group_size % 2:
             raise ValueError(
                 f"--micro_batch gives groups of {group_size} images: mixup and cutmix pair them, so it must be even "
                 "(or set --mixup 0 --cutmix 0)"
@@ -110,11 +121,13 @@ class Finish:
                     erase(group)
             if self.fourier:
                 images = self._crop_spectrum(images, size)
-            if self.mixup:
+            if radius is not None:
+                images = self._low_pass(images, radius)
+            if mixup:
                 mixed = []
                 for group, labels, seed in zip(images.split(group_size), targets.split(group_size), seeds):
                     np.random.seed(seed % 2**32)
-                    mixed.append(self.mixup(group, labels)[1])  # the images are mixed in place
+                    mixed.append(mixup(group, labels)[1])  # the images are mixed in place
                 targets = torch.cat(mixed)
         return images, targets
 
@@ -124,18 +137,26 @@ class Finish:
         mean, scale = (images.new_tensor(values).view(shape) for values in (self.mean, self.scale))
         return (images / scale + mean).round().clamp(0, 255).to(torch.uint8)
 
-    def evaluate(self, images: torch.Tensor, size: int) -> torch.Tensor:
-        """uint8 (N, 3, S, S) -> float32 (N, 3, size, size): normalised, and under ``fourier`` the spectrum cropped.
+    def evaluate(self, images: torch.Tensor, size: int, radius: float | None = None) -> torch.Tensor:
+        """uint8 (N, 3, S, S) -> float32 (N, 3, size, size): normalised, reduced under ``fourier``, filtered.
+
+        Args:
+            radius: of the low-pass filter, as in :meth:`train`.
 
         Raises:
             ValueError: S is neither ``size`` nor, under ``fourier``, the base size.
         """
-        self._check_size(images, size)
+        if images.shape[-2:] != (size, size):
+            self._check_size(images, size)
         images = self.normalise(images)
-        return self._crop_spectrum(images, size) if self.fourier else images
+        images = self._crop_spectrum(images, size) if self.fourier else images
+        return images if radius is None else self._low_pass(images, radius)
 
     def _crop_spectrum(self, images: torch.Tensor, size: int) -> torch.Tensor:
         return low_frequency_crop(images, size).contiguous(memory_format=self.memory_format)
+
+    def _low_pass(self, images: torch.Tensor, radius: float) -> torch.Tensor:
+        return low_pass(images, radius).contiguous(memory_format=self.memory_format)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         """uint8 (N, 3, S, S) -> float32 of mean 0 and deviation 1 over the data set, per channel."""

@@ -71,11 +71,11 @@ def test_trial_trains_the_real_thing_and_survives_a_lack_of_memory(monkeypatch, 
     seen = []
     real = autobatch.forward_loss
 
-    def limited(training, images, targets, size, *rest):
+    def limited(training, images, targets, epoch, *rest):
         seen.append(tuple(images.shape))
-        if len(images) * size**2 > 8 * 64**2:
+        if len(images) * epoch.input_size**2 > 8 * 64**2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (a fake)")
-        return real(training, images, targets, size, *rest)
+        return real(training, images, targets, epoch, *rest)
 
     monkeypatch.setattr(autobatch, "forward_loss", limited)
     assert autobatch.search(plan, 1, True, trial.fits) == (8, {64: 8, 48: 8, 32: 16})

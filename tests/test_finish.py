@@ -131,3 +131,41 @@ def test_bad_input_is_named(batch):
     for setting, flag in {"erasing": "reprob", "mixup_prob": "mixup_prob", "smoothing": "smoothing"}.items():
         with pytest.raises(ValueError, match=f"--{flag}"):
             Finish(10, **{setting: 1.5})
+
+
+def test_low_pass_comes_after_erasing_and_before_mixing(batch):
+    size = 24
+    expected = []
+    for k, seed in enumerate(SEEDS):
+        x = tvf.normalize(batch[0][4 * k : 4 * k + 4].float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+        random.seed(seed), torch.manual_seed(seed), np.random.seed(seed % 2**32)
+        x = RandomErasing(0.9, mode="pixel", device="cpu")(x)
+        spectrum = np.fft.fft2(low_frequency_crop(x, size).double().numpy())
+        k1, k2 = np.meshgrid(np.fft.fftfreq(size, 1 / size), np.fft.fftfreq(size, 1 / size), indexing="ij")
+        x = torch.from_numpy(np.fft.ifft2(spectrum * (k1**2 + k2**2 <= 25)).real).float()
+        expected.append(Mixup(0.8, 1.0, num_classes=10)(x, batch[1][4 * k : 4 * k + 4])[0])
+    finish = Finish(10, operator="fourier", base_size=32, erasing=0.9, channels_last=True)
+    images, _ = finish.train(*batch, size, SEEDS, 4, radius=5)
+    torch.testing.assert_close(images, torch.cat(expected), rtol=0, atol=1e-5)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    evaluated = finish.evaluate(batch[0], size, radius=5)
+    assert (evaluated - finish.evaluate(batch[0], size)).abs().max() > 0.1
+    assert torch.equal(evaluated, finish.evaluate(batch[0], size, radius=5.0))
+
+
+def test_less_mixing(batch):
+    finish = Finish(10, base_size=32, mixup=0.8, cutmix=1.0, erasing=0)
+    images, targets = finish.train(*batch, 32, SEEDS, 4, mixing=0)
+    assert torch.equal(targets, batch[1]) and torch.equal(images, finish.evaluate(batch[0], 32))
+    less = finish.train(*batch, 32, SEEDS, 4, mixing=0.25)
+    alone = Finish(10, base_size=32, mixup=0.2, cutmix=0.25, erasing=0).train(*batch, 32, SEEDS, 4)
+    assert torch.equal(less[0], alone[0]) and torch.equal(less[1], alone[1])
+    assert not torch.equal(less[0], finish.train(*batch, 32, SEEDS, 4)[0])
+
+
+def test_evaluation_at_another_size_than_the_base(batch):
+    """--eval_size: the images come at that size, whatever the operator."""
+    finish = Finish(10, operator="fourier", base_size=64)
+    assert finish.evaluate(batch[0], 32).shape[-1] == 32
+    with pytest.raises(ValueError, match="32x32: input size 24"):
+        finish.evaluate(batch[0], 24)

@@ -155,7 +155,7 @@ def test_records_cover_the_run_without_gaps(preset, epochs):
         assert plan.progress(record.first_step + record.steps) == pytest.approx(record.stop, abs=1e-12)
     ends = [plan.stages[k].stop for k in range(len(plan.stages))]
     if preset not in ("none", "efficienttrain-linear"):
-        shares = (0.6, 0.8, 1) if preset == "efficienttrain" else [u for u, _ in plan.curriculum.stages]
+        shares = (0.6, 0.8, 1) if preset == "efficienttrain" else [stage.until for stage in plan.curriculum.stages]
         assert ends == pytest.approx(shares, abs=1.5 / (epochs * 100))
     if plan.curriculum.clock == "compute":
         assert abs(cost(plan) - epochs * 100) <= 1
@@ -421,3 +421,48 @@ def test_summary_is_what_the_interface_says():
     assert total["images"] == plan.total_steps * 4096
     text = table(summary, 300)
     assert "1.50x by pixels" in text and len(text.splitlines()) == 8
+
+
+def test_a_stage_may_filter_and_mix_less():
+    """ICCV Table 2: the first half of training sees the disc of radius 60 alone; the radius scales with the base."""
+    stages = [{"until": 0.5, "input_size": 224, "radius": 60}, {"until": 1, "input_size": 224}]
+    mapping = {"clock": "epochs", "stages": stages}
+    plan = build_plan(mapping, epochs=4, num_images=100, batch_size=10)
+    assert [(s.input_size, s.radius, s.mixing, s.passes) for s in plan.stages] == [(224, 60, 1, 2), (224, None, 1, 2)]
+    assert [epoch.radius for epoch in plan] == [60, 60, None, None]
+    half = build_plan(mapping, epochs=4, base_size=112, num_images=100, batch_size=10)
+    assert [epoch.radius for epoch in half] == [30, 30, None, None]
+    same = [{**stage, "radius": 60, "mixing": 0.5} for stage in stages]
+    assert len(build_plan({**mapping, "stages": same}, epochs=4, num_images=100, batch_size=10).stages) == 1
+    for bad, words in (({"radius": -1}, "radius is -1"), ({"mixing": 1.5}, "mixing is 1.5"), ({"size": 1}, "mixing")):
+        with pytest.raises(ValueError, match=words):
+            build_plan(
+                {**mapping, "stages": [{**stages[0], **bad}, stages[1]]}, epochs=4, num_images=100, batch_size=10
+            )
+
+
+def test_sizes_of_ones_own_curriculum_stay_as_they_are_at_its_base():
+    mapping = {"clock": "compute", "base_size": 64, "stages": [{"until": u, "input_size": s} for u, s in STAGES]}
+    own = build_plan(mapping, epochs=9, base_size=64, num_images=1000, batch_size=10)
+    assert sizes(own) == [24, 40, 64]
+    assert sizes(build_plan(mapping, epochs=9, base_size=128, num_images=1000, batch_size=10)) == [48, 80, 128]
+
+
+STAGES = ((0.2, 24), (0.6, 40), (1.0, 64))
+
+
+def test_progressive_learning_raises_all_three():
+    plan = build_plan("progressive", epochs=8, **IMAGENET)
+    seen = [(e.input_size, e.magnitude, round(e.mixing, 3)) for e in plan]
+    assert seen[::2] == [(128, 3, 0), (160, 5, 0.333), (192, 7, 0.667), (224, 9, 1)]
+    assert plan.operator == "bicubic" and cost(plan) / plan.total_steps == pytest.approx(0.643, abs=1e-3)
+
+
+def test_first_step_after_a_duration():
+    plan = build_plan("efficienttrain++", epochs=10, num_images=1000, batch_size=10)
+    for duration in ("20%", "3.3", "7 passes", "77 steps"):
+        step = plan.first_after(duration)
+        value, unit = parse_duration(duration)
+        assert plan.measure(step, unit) >= value - 1e-9 > plan.measure(step - 1, unit)
+    assert plan.first_after("77 steps") == 77 and plan.first_after("0%") == 0
+    assert plan.first_after("200%") == plan.first_after("1e9 steps") == plan.total_steps

@@ -64,6 +64,17 @@ def test_killed_again_and_again(folder, tmp_path, undisturbed):
     assert same(Run(tmp_path / "run").result(), undisturbed)
 
 
+def test_stop_after_ends_a_run_and_the_command_without_it_goes_on(folder, tmp_path, undisturbed, main_program, capsys):
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
+    for duration, step in (("4 steps", 4), ("9 steps", BOUNDARY), ("9 steps", BOUNDARY), ("60%", 18)):
+        assert main_program([*argv, "--stop_after", duration]) == 0
+        assert f"ended after step {step}, as --stop_after says" in capsys.readouterr().out
+        assert Run(tmp_path / "run").state()["step"] == step
+    assert not (tmp_path / "run" / "stopped.json").exists()
+    assert main_program([*argv, "--stop_after", "1000 steps"]) == 0
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
 def test_killed_before_the_first_checkpoint(folder, tmp_path, undisturbed):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
     assert Program(argv, tmp_path / "first", fault=partial(kill_after_step, 2)).wait() == -signal.SIGKILL

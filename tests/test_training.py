@@ -177,7 +177,7 @@ def test_best_is_the_best_at_the_base_size_and_survives_a_resume(train, tmp_path
     scores = iter([90.0, 91.0, 92.0, 95.0, 10.0, 30.0, 20.0, 30.0])  # at sizes 32, 32, 48, 48, then 64
     asked = []
 
-    def fake(model, loader, finish, size, device, amp="none", stop=None):
+    def fake(model, loader, finish, size, device, amp="none", **_):
         asked.append(size)
         return {"loss": 1.0, "acc1": next(scores), "acc5": 100.0, "images": 15}
 
@@ -230,7 +230,7 @@ def test_top5_counts_five(train):
             return torch.zeros(3, 8, 8, dtype=torch.uint8), index % 7, index
 
     class Passing:
-        def evaluate(self, images, size):
+        def evaluate(self, images, size, radius):
             return images.float()
 
     loader = torch.utils.data.DataLoader(Set(), batch_size=4)
@@ -316,6 +316,9 @@ def test_clipping_bounds_the_step_in_any_precision(train, weights_after_each_ste
         {"mixup": 0, "cutmix": 0, "smoothing": 0},
         {"input_size": 60, "num_workers": 2},
         {"eval_size": 48},
+        {"eval_size": 48, "operator": "fourier"},
+        {"curriculum": "progressive", "epochs": 4},
+        {"curriculum": "tests/golden/low_pass.yaml", "eval_interval": "10%"},
         {"batch_size": 48, "micro_batch": None, "epochs": 4},
     ],
     ids=lambda settings: " ".join(f"{k}={v}" for k, v in settings.items()),
@@ -332,6 +335,9 @@ def test_settings_train(train, settings):
     if settings.get("weight_decay_end"):
         decays = {group["weight_decay"] for group in state["optimizer"]["param_groups"]}
         assert 0 in decays and max(decays) == pytest.approx(0.2, rel=0.05)
+    if "low_pass" in str(settings.get("curriculum")):  # what was scored on filtered images does not compete
+        assert [record.get("radius") for record in log] == [8.0, None]
+        assert state["best"]["acc1"] == log[-1]["test_acc1"] and state["best"]["step"] == log[-1]["step"]
     if settings.get("eval_size"):
         assert {record.get("eval_size", 48) for record in log} == {48} and state["best"]["eval_size"] == 48
 
