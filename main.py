@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import autobatch
 import checkpoints
 from checks import check_settings
-from config import Config, load_curriculum, parse_config, to_yaml
-from curriculum import CurriculumSampler, Plan, build_plan, check_input_sizes, parse_duration, summarize, table
+from config import Config, parse_config, to_yaml
+from curriculum import CurriculumSampler, Plan, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import Source, build_source
+from datasets import build_source
 from doctor import examine
 from evaluation import evaluate_weights
 from identity import check_same_run, identify, parse_parts
-from models import create_model, freeze_body, load_weights
+from models import freeze_body, load_weights
 from models.flops import count_flops
 from numerics import NonFinite
+from parts import make_model, make_plan, number_of_classes
 from report import environment, plan_picture
 from resuming import checkpoint_to_resume
 from trainer import Trainer
@@ -161,35 +161,6 @@ def load_speeds(path: str) -> dict[int, float]:
         ) from None
 
 
-def make_plan(config: Config, num_images: int, classes: int) -> Plan:
-    """The plan of a run, every size of which the model was seen to take."""
-    with torch.device("meta"):
-        probe = make_model(config, classes, config.input_size)
-    plan = build_plan(
-        load_curriculum(config.curriculum),
-        epochs=config.epochs,
-        num_images=num_images,
-        batch_size=config.batch_size,
-        base_size=config.input_size,
-        size_multiple=probe.size_multiple,
-        lr=config.lr,
-        min_lr=config.min_lr,
-        warmup=config.warmup_epochs,
-        weight_decay=config.weight_decay,
-        weight_decay_end=config.weight_decay_end,
-        magnitude=config.magnitude,
-        max_magnitude=config.max_magnitude,
-        operator=config.operator,
-        early_large_batch=config.early_large_batch,
-        lr_rule=config.lr_rule,
-        replay=config.replay or (),
-    )
-    for duration in (config.log_interval, config.eval_interval):
-        parse_duration(duration)
-    check_input_sizes(probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size}))
-    return plan
-
-
 def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> CurriculumSampler:
     return CurriculumSampler(
         plan,
@@ -213,18 +184,6 @@ def make_summary(
     sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
     flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
     return summarize(plan, config.baseline_epochs, flops, params, sampler, images_per_s)
-
-
-def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
-    return create_model(config.model, classes, input_size, config.drop_path, **(config.model_args or {}))
-
-
-def number_of_classes(config: Config, source: Source) -> int:
-    """The model's outputs: the data set's classes, or more if --num_classes says so."""
-    found = len(source.classes)
-    if config.num_classes is not None and config.num_classes < found:
-        raise ValueError(f"--num_classes is {config.num_classes} but the data set has {found} classes")
-    return config.num_classes or found
 
 
 def settle_micro_batch(

@@ -1,4 +1,4 @@
-"""The parts of a run, made from its settings: batches, optimizer, scaler, finishing; and filled from a checkpoint."""
+"""The parts of a run, made from its settings: plan, model, batches, optimizer; and filled from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,14 +11,55 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from checkpoints import BadCheckpoint
-from config import Config
-from curriculum import CurriculumSampler, Plan, RandAugment
+from config import Config, load_curriculum
+from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes, parse_duration
 from datasets import Source, TrainSet, training_batches
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import Finish
 from inputs.transforms import TrainTransform
-from models import param_groups
+from models import create_model, param_groups
+
+
+def make_plan(config: Config, num_images: int, classes: int) -> Plan:
+    """The plan of a run, every size of which the model was seen to take."""
+    with torch.device("meta"):
+        probe = make_model(config, classes, config.input_size)
+    plan = build_plan(
+        load_curriculum(config.curriculum),
+        epochs=config.epochs,
+        num_images=num_images,
+        batch_size=config.batch_size,
+        base_size=config.input_size,
+        size_multiple=probe.size_multiple,
+        lr=config.lr,
+        min_lr=config.min_lr,
+        warmup=config.warmup_epochs,
+        weight_decay=config.weight_decay,
+        weight_decay_end=config.weight_decay_end,
+        magnitude=config.magnitude,
+        max_magnitude=config.max_magnitude,
+        operator=config.operator,
+        early_large_batch=config.early_large_batch,
+        lr_rule=config.lr_rule,
+        replay=config.replay or (),
+    )
+    for duration in (config.log_interval, config.eval_interval):
+        parse_duration(duration)
+    check_input_sizes(probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size}))
+    return plan
+
+
+def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
+    return create_model(config.model, classes, input_size, config.drop_path, **(config.model_args or {}))
+
+
+def number_of_classes(config: Config, source: Source) -> int:
+    """The model's outputs: the data set's classes, or more if --num_classes says so."""
+    found = len(source.classes)
+    if config.num_classes is not None and config.num_classes < found:
+        raise ValueError(f"--num_classes is {config.num_classes} but the data set has {found} classes")
+    return config.num_classes or found
 
 
 def make_batches(
