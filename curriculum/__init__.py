@@ -2,6 +2,7 @@
 
 from curriculum.augment import RandAugment
 from curriculum.durations import parse_duration
+from curriculum.live import LiveCurriculum
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
 from curriculum.plan import Plan, build_plan
 from curriculum.presets import PRESETS, Curriculum, Segment
@@ -10,11 +11,14 @@ from curriculum.resize import check_input_sizes, set_input_size
 from curriculum.sampler import CurriculumSampler
 from curriculum.summary import summarize, table
 
+__version__ = "0.1.0"
+
 __all__ = [
     "PRESETS",
     "Curriculum",
     "CurriculumSampler",
     "Epoch",
+    "LiveCurriculum",
     "Plan",
     "RandAugment",
     "Segment",
