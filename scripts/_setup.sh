@@ -43,11 +43,15 @@ PYTHON="$environment/bin/python"
 new_enough "$PYTHON" || fail "Python 3.10 or newer is needed; $PYTHON is $("$PYTHON" --version 2>&1)"
 export PATH="$environment/bin:$PATH"
 
-# The stamp holds the list that was installed last, and not a mere "done", so that a changed list is noticed.
-stamp="$environment/.requirements-installed"
-if ! cmp -s "$ROOT/requirements.txt" "$stamp"; then
-    echo "installing requirements.txt into $environment (the first time, torch takes a while)"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt" ||
-        fail "installing requirements.txt failed; pip says why above"
-    cp "$ROOT/requirements.txt" "$stamp" 2>/dev/null || true # a read-only environment is asked again next time
-fi
+# install_requirements FILE: the stamp holds the list that was installed last, and not a mere "done", so that a changed
+# list is noticed.
+install_requirements() {
+    local stamp="$environment/.${1%.txt}-installed"
+    if ! cmp -s "$ROOT/$1" "$stamp"; then
+        echo "installing $1 into $environment (the first time, torch takes a while)"
+        "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$1" ||
+            fail "installing $1 failed; pip says why above"
+        cp "$ROOT/$1" "$stamp" 2>/dev/null || true # a read-only environment is asked again next time
+    fi
+}
+install_requirements requirements.txt

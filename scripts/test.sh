@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Formatter, linter and tests: scripts/test.sh [--extended] [pytest's arguments]
-# --extended adds what is long, or needs root or a browser.
+# --extended adds what is long, or needs root, a browser or more packages (requirements-extended.txt, installed for it).
 set -euo pipefail
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
     sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"
@@ -11,6 +11,7 @@ fi
 arguments=()
 for argument in "$@"; do
     if [ "$argument" = --extended ]; then
+        install_requirements requirements-extended.txt
         arguments+=(-m "extended or not extended")
     else
         arguments+=("$argument")

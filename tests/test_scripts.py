@@ -113,6 +113,13 @@ def test_requirements_are_installed_when_they_changed_and_only_then(checkout):
     assert not (checkout.root / ".venv").exists()  # the active environment was used
 
 
+def test_extended_tests_install_more(checkout):
+    (checkout.root / "requirements-extended.txt").write_text("lightning\n")
+    lists = [call.rpartition("/")[2] for call in installs(checkout.run("scripts/test.sh", "--extended"))]
+    assert lists == ["requirements.txt", "requirements-extended.txt"]
+    assert installs(checkout.run("scripts/test.sh", "--extended")) == []
+
+
 def test_a_failed_installation_is_reported_and_tried_again(checkout):
     failed = checkout.run("scripts/test.sh", PIP_EXIT="1")
     assert failed.returncode == 1
@@ -250,7 +257,8 @@ def test_shell_scripts_pass_shellcheck(script):
 # --- requirements.txt
 
 IMPORT_NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-image": "skimage"}
-NOT_IMPORTED = {"six", "ruff", "pytest-xdist", "scikit-image", "matplotlib"}  # the last two are used inside functions
+NOT_IMPORTED = {"six", "ruff", "pytest-xdist"}
+NOT_IMPORTED |= {"scikit-image", "matplotlib", "scipy", "onnx", "onnxscript", "onnxruntime"}  # used inside functions
 
 
 def requirements():
