@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 import warnings
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -177,6 +177,13 @@ class Agreement:
         votes = torch.tensor([float(self.stop_requested), float(save and not save_now)])
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
         return stop_now, save_now
+
+    def close(self) -> None:
+        """Lets the last votes arrive; older torch cannot take down a group with an operation in it."""
+        if self._pending is not None:
+            with suppress(RuntimeError):  # of a process that died
+                self._pending[0].wait()
+            self._pending = None
 
 
 def write_text(path: Path, text: str) -> None:
