@@ -81,7 +81,7 @@ class DataConfig:
 
     data_set: str = "folder"
     """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
-    set; cifar10, cifar100: torchvision's."""
+    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
     data_path: str | None = None
     """Where the data set lies."""
     train_split: str = "train"

@@ -19,39 +19,11 @@ from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
 from inputs.device import DeviceAugment, DeviceTransform
+from inputs.published import PUBLISHED, open_published
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, map_classes
-
-
-class Cifar:
-    """torchvision's CIFAR-10 or -100, downloaded to ``root`` on first use."""
-
-    def __init__(self, name: str, root: str, train: bool) -> None:
-        from torchvision.datasets import CIFAR10, CIFAR100
-
-        maker = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
-        try:
-            self.data = maker(root, train=train)
-        except RuntimeError:  # not there, or damaged
-            self.data = maker(root, train=train, download=True)
-        self.classes = list(self.data.classes)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def read(self, index: int) -> Any:
-        return self.data[index][0]
-
-    def label(self, index: int) -> int:
-        return int(self.data.targets[index])
-
-    def labels(self) -> Any:
-        return torch.tensor(self.data.targets).numpy()
-
-    def name(self, index: int) -> str:
-        return f"{type(self.data).__name__} image {index}"
 
 
 def build_source(config: DataConfig, train: bool) -> Source:
@@ -69,14 +41,15 @@ def build_source(config: DataConfig, train: bool) -> Source:
     else:
         # Labels are those of training, so validation may lack a class but not bring one of its own.
         alone = config.data_set == "folder" and not (Path(config.data_path) / config.train_split).is_dir()
+        alone = alone or config.data_set in PUBLISHED
         known = None if alone else _open(config, config.train_split).classes
         source = _open(config, config.val_split, known)
     return map_classes(source, config.class_map) if config.class_map else source
 
 
 def _open(config: DataConfig, split: str, classes: list[str] | None = None) -> Source:
-    if config.data_set in ("cifar10", "cifar100"):
-        return Cifar(config.data_set, config.data_path, split == config.train_split)
+    if config.data_set in PUBLISHED:
+        return open_published(config.data_set, config.data_path, split)
     return open_source(config.data_set, config.data_path, split, classes)
 
 

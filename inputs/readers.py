@@ -4,6 +4,7 @@ from pathlib import Path
 
 from inputs.folder import FolderIndex
 from inputs.hugging_face import HuggingFace
+from inputs.published import PUBLISHED
 from inputs.tar import TarIndex
 from inputs.views import Joined, Source
 
@@ -40,7 +41,7 @@ def open_source(name: str, root: str | Path, split: str, classes: list[str] | No
         return HuggingFace(rest, root, split, classes)
     makers = {"folder": FolderIndex, "tar": TarIndex}
     if name not in makers:
-        raise ValueError(f"--data_set {name} is not known: choose folder, tar or hfds/NAME")
+        raise ValueError(f"--data_set {name} is not known: choose folder, tar, hfds/NAME, {', '.join(PUBLISHED)}")
     folders = [Path(root) / part for part in split.split("+")]
     if len(folders) == 1:
         return makers[name](folders[0], classes=classes)
