@@ -27,7 +27,7 @@ from identity import check_same_run, identify, parse_parts
 from models import freeze_body, load_weights
 from models.flops import count_flops
 from numerics import NonFinite
-from parts import make_model, make_plan, number_of_classes
+from parts import describe_replay, make_model, make_plan, number_of_classes
 from report import environment, plan_picture
 from resuming import checkpoint_to_resume
 from trainer import Trainer
@@ -96,6 +96,7 @@ def train(config: Config, topology: Topology) -> int:
     with wrong_usage():
         config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
         sampler = make_sampler(config, plan, topology.world_size, topology.rank)
+        replay = describe_replay(config, plan)
     torch.manual_seed(derive_seed(config.seed))
     model = make_model(config, classes, size_of_weights(plan, state))
     if config.finetune and state is None:
@@ -110,6 +111,7 @@ def train(config: Config, topology: Topology) -> int:
         trainer = Trainer(config, topology, plan, sampler, model, sources, agreement, identity, state)
     if topology.is_main:
         start_folder(Path(config.output_dir), config, topology, plan, summary)
+        print("\n".join([table(summary, config.baseline_epochs), *replay]), flush=True)
     return trainer.fit()
 
 
@@ -146,7 +148,8 @@ def show_plan(config: Config) -> int:
         path.write_text(plan_picture(plan))
         print(path)
     else:
-        print(json.dumps(summary) if config.plan == "json" else table(summary, config.baseline_epochs))
+        lines = [table(summary, config.baseline_epochs), *describe_replay(config, plan)]
+        print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
     return 0
 
 
@@ -228,7 +231,6 @@ def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, s
         write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise OSError(f"--output_dir {output} cannot be written: {error.strerror}") from None
-    print(table(summary, config.baseline_epochs), flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from datasets import Source, TrainSet, training_batches
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import Finish
+from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_model, param_groups
 
@@ -60,6 +61,24 @@ def number_of_classes(config: Config, source: Source) -> int:
     if config.num_classes is not None and config.num_classes < found:
         raise ValueError(f"--num_classes is {config.num_classes} but the data set has {found} classes")
     return config.num_classes or found
+
+
+def describe_replay(config: Config, plan: Plan) -> list[str]:
+    """What the replay buffer will hold, a line for each stage that has one.
+
+    Raises:
+        ValueError: --replay_memory is more than this machine has.
+    """
+    lines = []
+    for stage in plan.stages:
+        if stage.replay > 1:
+            side = plan.base_size if plan.operator == "fourier" else stage.input_size
+            capacity = replay_capacity(config.replay_memory * 1e9, side)
+            lines.append(
+                f"replay at B {stage.input_size}: one image in {stage.replay} is loaded; in each process the buffer "
+                f"takes up to {config.replay_memory:g} GB ({capacity:,} images)"
+            )
+    return lines
 
 
 def make_batches(

@@ -53,7 +53,7 @@ def summarize(
                 "flops": flops[size] if flops else None,
                 "cost": work[size] / work[plan.base_size],
                 "compute": images * work[size] / spent,
-                "loader": work[plan.base_size] / work[size],
+                "loader": work[plan.base_size] / work[size] / stage.replay,
                 "radius": stage.radius,
                 "mixing": stage.mixing,
                 **_sharing(epochs[0], sampler),
@@ -108,7 +108,7 @@ def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, floa
             f"--speeds has no speed for input size {stage.input_size}: {sorted(images_per_s)} were measured"
         )
     speed = images_per_s[stage.input_size] * sampler.world_size
-    return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed}
+    return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed / stage.replay}
 
 
 def table(summary: dict[str, Any], baseline_epochs: float) -> str:

@@ -51,6 +51,22 @@ def test_replay_goes_on_as_if_it_had_not_stopped(train, main_program, folder, tm
     assert not same(whole.result()["state"]["model"], other.result()["state"]["model"])
 
 
+def test_replay_tells_its_memory_in_advance(main_program, train, folder, tmp_path, capsys):
+    train("run", epochs=1, replay_memory=0.001, **REPLAY)
+    printed = capsys.readouterr().out
+    assert "replay at B 32: one image in 4 is loaded" in printed
+    assert f"up to 0.001 GB ({10**6 // (3 * 32 * 32 + 8):,} images)" in printed
+    settings = flags(**{**REPLAY, "replay_memory": 1e6}, data_path=folder, output_dir=tmp_path / "too much")
+    assert main_program(settings) == 2
+    assert "--replay_memory" in capsys.readouterr().err and not (tmp_path / "too much").exists()
+
+
+def test_results_do_not_depend_on_the_number_of_workers(train):
+    runs = [train(str(workers), epochs=1, num_workers=workers) for workers in (0, 1, 3)]
+    assert all(same(run.result()["state"], runs[0].result()["state"]) for run in runs)
+    assert all(run.result()["log"] == runs[0].result()["log"] for run in runs)
+
+
 @pytest.mark.parametrize("settings", [{"augment_on": "device"}, {"pipeline": "fast"}, {"operator": "fourier"}])
 def test_variants_of_the_path_train(train, settings):
     log = train(epochs=1, **settings).log()
