@@ -13,7 +13,7 @@ _RANGES = {
     ),
     "at least 1": (
         lambda x: x >= 1,
-        "input_size eval_size batch_size num_images num_classes devices val_per_class",
+        "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
     ),
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
@@ -37,5 +37,7 @@ def check_settings(config: Config) -> None:
         raise ValueError(f"--opt_betas is {list(config.opt_betas)}; each must be at least 0 and below 1")
     if config.eval and not (config.resume or config.finetune):
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
+    if config.predict is not None and not config.resume:
+        raise ValueError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)

@@ -40,6 +40,13 @@ class RunConfig:
     """--eval: folder of class folders to score instead of the validation images (ImageNet-V2, -A, -R, ...)."""
     real_labels: bool = False
     """--eval: add the accuracy on ImageNet's reassessed labels (ReaL)."""
+    predict: str | None = None
+    """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
+    JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
+    predict_to: str | None = None
+    """--predict: write to this file instead; CSV if its name ends in .csv."""
+    top_k: int = 5
+    """--predict: classes per image."""
     eval_size: int | None = None
     """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
     plan: Literal["none", "table", "json", "picture"] = "none"
@@ -264,6 +271,12 @@ def parse_config(argv: list[str]) -> Config:
         sys.exit(usage_error(_short(error)))
     values.pop("recipe")
     return Config(**values)
+
+
+def given(argv: list[str]) -> set[str]:
+    """The settings that a command line states, in its recipe or by flags, be they the defaults or not."""
+    recipe = _value_of("--recipe", argv)
+    return {*(load_recipe(recipe) if recipe else {}), *_flags(argv)}
 
 
 def usage_error(message: str) -> int:

@@ -113,7 +113,7 @@ def training_batches(
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
     loader = iter(
-        DataLoader(data, batch_sampler=reading, collate_fn=collate, **_options(workers, device.type == "cuda"))
+        DataLoader(data, batch_sampler=reading, collate_fn=collate, **loader_options(workers, device.type == "cuda"))
     )
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
@@ -139,11 +139,12 @@ def eval_loader(
         EvalSet(source, transform),
         batch_size=batch_size,
         sampler=range(rank, len(source), world_size),
-        **_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
+        **loader_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
     )
 
 
-def _options(workers: int, pin: bool) -> dict[str, Any]:
+def loader_options(workers: int, pin: bool) -> dict[str, Any]:
+    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals."""
     # Its own generator: starting workers must not draw from the one that drop path uses.
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
     if workers:

@@ -17,7 +17,7 @@ import torch
 import autobatch
 import checkpoints
 from checks import check_settings
-from config import Config, parse_config, to_yaml
+from config import Config, given, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, summarize, table
 from curriculum.sampler import derive_seed
 from datasets import build_source
@@ -28,6 +28,7 @@ from models import freeze_body, load_weights
 from models.flops import count_flops
 from numerics import NonFinite
 from parts import describe_replay, make_model, make_plan, number_of_classes
+from predict import predict
 from report import environment, plan_picture
 from resuming import checkpoint_to_resume
 from trainer import Trainer
@@ -61,6 +62,8 @@ def main(argv: list[str]) -> int:
         try:
             if config.doctor:
                 return diagnose(config, topology)
+            if config.predict is not None:
+                return predict(config, given(argv), topology)
             return evaluate_weights(config, topology) if config.eval else train(config, topology)
         finally:
             close_topology()
