@@ -1,4 +1,4 @@
-"""Write weights for other code: python -m models.export CHECKPOINT OUT --format timm|official [--ema]."""
+"""Write weights or graphs for other code: python -m models.export CHECKPOINT OUT --format FORMAT [--size N] [--ema]."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from .formats import to_official, to_timm
+from .graphs import export_graph
 from .reading import read_weights
 from .weights import choose_weights
 
@@ -52,11 +53,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m models.export", description=__doc__)
     parser.add_argument("checkpoint", help="a path, a URL, hf_hub:owner/name")
     parser.add_argument("out", help="the file to write")
-    parser.add_argument("--format", choices=["timm", "official"], default="timm", help="default: timm")
+    parser.add_argument(
+        "--format",
+        choices=["timm", "official", "onnx", "torch_export"],
+        default="timm",
+        help="weights in timm's names (default) or the model's authors'; a graph for ONNX or torch.export.load",
+    )
+    parser.add_argument("--size", type=int, metavar="N", help="of a graph: pixels a side; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
     options = parser.parse_args(arguments)
+    is_graph = options.format in ("onnx", "torch_export")
+    if options.size is not None and not (is_graph and options.size > 0):
+        parser.error("--size takes a number of pixels, and is for graphs: --format onnx or torch_export")
     try:
-        print(export(options.checkpoint, options.out, options.format, options.ema))
+        if is_graph:
+            print(export_graph(options.checkpoint, options.out, options.format, options.size, options.ema))
+        else:
+            print(export(options.checkpoint, options.out, options.format, options.ema))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -54,6 +54,9 @@ def site(tmp_path_factory):
     folder = root / "data/imagenet21k/imagenet21k_small_classes"
     shutil.move(folder / "more/class_0", folder / "class_3")
     (folder / "more").rmdir()
+    (root / "photos").mkdir()
+    for path in (root / "data/imagenet/val/class_0").iterdir():
+        shutil.copy(path, root / "photos")
     (root / "recipes").symlink_to(ROOT / "recipes")
     (root / "speeds.json").write_text(json.dumps(SPEEDS))
     return root
