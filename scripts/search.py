@@ -1,0 +1,196 @@
+"""Finds a curriculum, or its settings, for your own data and model. Every trial is a run of main.py.
+
+  python scripts/search.py constrained --recipe RECIPE --output FOLDER [--data_path DATA, and any flag of main.py]
+
+greedy        ICCV Algorithm 1: stages from last to first, the smallest input size that keeps the accuracy
+constrained   EfficientTrain++: total compute is fixed, stages from first to last, each going on from the one before
+magnitude     the RandAugment schedule that goes with a curriculum
+tune          learning rate and batch size, of the ordinary schedule and of the curriculum alike
+
+Says first what it may cost at most. Trials run side by side on the machine's devices, each on one. Stopped or killed,
+the same command goes on: FOLDER/ledger.jsonl holds the finished trials by all their settings, so that none is repeated,
+by another search in the same folder neither. What was found is written to FOLDER/*.yaml, recipes for main.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from checks import check_settings  # noqa: E402
+from config import Config, parse_config, usage_error  # noqa: E402
+from logs import duration_text  # noqa: E402
+from searching.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
+from searching.study import Study  # noqa: E402
+from searching.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
+from utils import STOPPED, die, write_text  # noqa: E402
+
+OURS = ("output_dir", "resume", "stop_after", "eval", "plan", "doctor", "allow_change")  # flags the search sets itself
+STATED = ("curriculum", "epochs", "batch_size", "lr")  # in a recipe even where they are the defaults
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The search's own arguments, and main.py's."""
+    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="ledger, trials and recipes")
+    common.add_argument("--seeds", type=int, default=1, help="repetitions of every trial, against noise")
+    common.add_argument(
+        "--tolerance", type=float, default=0.1, help="differences of accuracy up to this count as none, per cent"
+    )
+    common.add_argument("--parallel", type=int, help="trials at a time (default: the number of GPUs, or 1)")
+    common.add_argument("--predict", action="store_true", help="say what the search may cost, and end")
+    parser = argparse.ArgumentParser(
+        prog="search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    greedy = commands.add_parser("greedy", parents=[common], allow_abbrev=False, help="ICCV Algorithm 1")
+    greedy.add_argument("--stages", type=int, default=5, help="N, the number of stages (ICCV Table 16: 3, 4, 5, 10)")
+    greedy.add_argument("--baseline", type=float, help="accuracy to keep (default: trained at the base size)")
+
+    constrained = commands.add_parser("constrained", parents=[common], allow_abbrev=False, help="EfficientTrain++")
+    constrained.add_argument("--stages", type=int, default=5, help="N, stages of equal compute")
+    constrained.add_argument("--shares", type=_numbers, help="their shares of the compute instead, e.g. 10,30,30,30")
+    constrained.add_argument(
+        "--full_share", type=float, default=30, help="per cent of compute at the end that are full-size unsearched"
+    )
+    constrained.add_argument(
+        "--tune_epochs",
+        type=float,
+        help="full-size epochs of a candidate's brief tuning (default: 5 %% of --epochs)",
+    )
+    constrained.add_argument(
+        "--tune_lr", type=float, default=1.0, help="the tuning's learning rate, as a factor on the run's at that moment"
+    )
+    constrained.add_argument(
+        "--confirm", type=int, default=1, help="seeds with which the result and the ordinary schedule are trained"
+    )
+    for one in (greedy, constrained):
+        one.add_argument(
+            "--sizes", type=_integers, help="candidate input sizes (default: 64,96,128,160,192,224, scaled to the base)"
+        )
+
+    magnitude = commands.add_parser("magnitude", parents=[common], allow_abbrev=False, help="RandAugment's schedule")
+    magnitude.add_argument(
+        "--magnitudes",
+        nargs="+",
+        default=["linear:9", "linear:5", "constant:9", "steps:3,9", "none"],
+        help="candidates: linear:9 (0 to 9), constant:9, steps:3,9 (equal shares of the clock), none",
+    )
+    tune = commands.add_parser("tune", parents=[common], allow_abbrev=False, help="learning rate and batch size")
+    tune.add_argument("--lrs", type=_numbers, help="learning rates (default: half, once and twice the recipe's)")
+    tune.add_argument("--batch_sizes", type=_integers, help="batch sizes (default: the recipe's)")
+    return parser.parse_known_args(argv)
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(value) for value in text.split(",")]
+
+
+def _integers(text: str) -> list[int]:
+    return [int(value) for value in text.split(",")]
+
+
+def make_search(args: argparse.Namespace, study: Study) -> Greedy | Constrained | Magnitudes | Tuning:
+    """Raises ValueError for arguments out of range."""
+    config = study.config
+    for name in ("seeds", "parallel", "stages"):
+        if (value := getattr(args, name, None)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if args.command == "greedy":
+        return Greedy(study, args.stages, study.sizes(args.sizes), args.baseline)
+    if args.command == "constrained":
+        shares = args.shares or [1.0] * args.stages
+        if min(shares) <= 0 or not 0 <= args.full_share < 100:
+            raise ValueError("--shares must be above 0, and --full_share from 0 to below 100")
+        shares = [share / sum(shares) for share in shares]
+        tune = 0.05 * config.epochs if args.tune_epochs is None else args.tune_epochs
+        sizes = study.sizes(args.sizes)
+        search = Constrained(study, shares, sizes, args.full_share / 100, tune, args.tune_lr, args.confirm)
+        if search.searched() == 0:
+            raise ValueError(f"--full_share {args.full_share:g} leaves no whole stage to search; lower it")
+        return search
+    if args.command == "magnitude":
+        return Magnitudes(study, args.magnitudes)
+    lrs = args.lrs or [config.lr / 2, config.lr, 2 * config.lr]
+    return Tuning(study, lrs, args.batch_sizes or [config.batch_size])
+
+
+def make_slots(parallel: int | None, device: str) -> list[dict[str, str]]:
+    """The environment of each trial that may run at a time: a GPU of its own, or a share of the cores."""
+    gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+    count = parallel or max(gpus, 1)
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": names[number % gpus]} for number in range(count)]
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
+    return [{"OMP_NUM_THREADS": threads}] * count
+
+
+def write_recipes(found: Found, folder: Path, command: str) -> None:
+    """What was found, as recipes, with the command and the evidence in their heads."""
+    defaults = asdict(Config())
+    for name, config in found.recipes.items():
+        settings = {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in asdict(config).items()
+            if (value != defaults[key] or key in STATED) and key not in (*CIRCUMSTANCES, *OURS, "data_path", "seed")
+        }
+        path = folder / f"{name}.yaml"
+        head = [f"Found by {command}", f"  python main.py --recipe {path} --data_path DATA --output_dir OUT"]
+        head += ["Top-1 on the validation images, of all trials that led here:", *found.evidence]
+        text = "".join(f"# {line}\n" for line in head)
+        write_text(path, text + yaml.safe_dump(settings, sort_keys=False))
+        print(f"recipe: {path}")
+
+
+def main(argv: list[str], launch=launch) -> int:
+    args, flags = parse(argv)
+    given = {flag.split("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
+    if forbidden := sorted(given & set(OURS)):
+        return usage_error(f"--{forbidden[0]}: the search sets it itself")
+    config = parse_config(flags)
+    try:
+        check_settings(config)
+        study = Study(config, args.seeds, args.tolerance)
+        search = make_search(args, study)
+        trials, compute = search.bound()
+    except (ValueError, OSError) as error:
+        return die(error, 2)
+    slots = make_slots(args.parallel, config.device)
+    print(f"at most {trials} trials, {compute:.4g} full-size epochs of compute, {len(slots)} at a time", flush=True)
+    if args.predict:
+        return 0
+    started = time.perf_counter()
+    try:
+        with Laboratory(args.output, slots, compute, launch) as laboratory:
+            study.laboratory = laboratory
+            found = search.search()
+    except SearchStopped:
+        print("stopped; the same command goes on from here", flush=True)
+        return STOPPED
+    except (ValueError, OSError) as error:
+        return die(error)
+    used = laboratory.used
+    print(
+        f"done in {duration_text(time.perf_counter() - started)}: {used['trials']} trials of {used['compute']:.4g} "
+        f"full-size epochs, {duration_text(used['seconds'])} of device time; {used['reused']} more were known"
+    )
+    write_recipes(found, args.output, f"python scripts/search.py {shlex.join(argv)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
