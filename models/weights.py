@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from curriculum.resample import resample
 
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
-from .heads import classifier_names
+from .heads import classifier_names, fold_norm
 from .reading import read_weights
 
 # What training checkpoints call the weights and their moving average, the usual name first.
@@ -126,7 +126,7 @@ def load_weights(
 
 
 def choose_weights(content: Mapping[str, Any], source: str | Path, key: str | None) -> tuple[Report, dict[str, Tensor]]:
-    """Pick one set of weights from what a file holds, and take the prefixes of wrappers off its names.
+    """Pick one set of weights from what a file holds, without the prefixes of wrappers and the BatchNorm of a probe.
 
     Raises:
         ValueError: there are none, or none under `key`.
@@ -140,7 +140,8 @@ def choose_weights(content: Mapping[str, Any], source: str | Path, key: str | No
         what = f"no weights under {key!r}" if key else "no weights"
         raise ValueError(f"{source}: holds {what}; it has {', '.join(map(str, content)) or 'nothing'}")
     report = Report(str(source), "", found, [name for name in sets if name != found])
-    return report, {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in sets[found].items()}
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in sets[found].items()}
+    return report, fold_norm(state)
 
 
 def _is_weights(value: Any) -> bool:
