@@ -14,7 +14,7 @@ from torch import nn
 from config import Config
 from curriculum import CurriculumSampler, Plan
 from engine import Training, forward_loss
-from parts import make_finish, make_optimizer
+from parts import make_finish, make_optimizer, make_task
 from utils import Topology, all_min
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
@@ -112,7 +112,7 @@ def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device
         sampler=CurriculumSampler(plan, micro_batch=2 - plan.batch_size % 2),
         device=device,
         amp=config.amp,
-        smoothing=config.smoothing,
+        task=make_task(config, model),
     )
     loaded = plan.base_size if plan.operator == "fourier" else size
     groups = range(images // training.sampler.micro_batch)

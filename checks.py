@@ -39,5 +39,25 @@ def check_settings(config: Config) -> None:
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise ValueError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    if config.task == "mae":
+        _check_mae(config)
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)
+
+
+def _check_mae(config: Config) -> None:
+    """Raises ValueError for settings that masked autoencoders have no use for."""
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob") if getattr(config, name) > 0]
+    if config.magnitude != "none":
+        unwanted.append("--magnitude none")
+    if unwanted:
+        raise ValueError(
+            f"--task mae predicts what it hides of images that are only cropped and flipped: set {' '.join(unwanted)} "
+            "(recipes in recipes/mae do)"
+        )
+    for name in ("finetune", "linear_probe", "eval"):
+        if value := getattr(config, name):
+            raise ValueError(
+                f"--{name} {str(value).lower() if value is True else value} is for --task supervised: a masked "
+                "autoencoder has no classes, and is fine-tuned or probed by a run of its own (recipes/mae)"
+            )

@@ -127,6 +127,8 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
+    task: Literal["supervised", "mae"] = "supervised"
+    """What is learnt: classes, or (mae) to fill in what is masked of an image, for fine-tuning later."""
     model: str = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
     input_size: int = 224
@@ -137,10 +139,16 @@ class ModelConfig:
     """More keyword arguments of the model's constructor, e.g. {ls_init_value: 1e-6}."""
     finetune: str | None = None
     """Weights to start from: a file (ours or anyone's), a URL or a hub name."""
-    linear_probe: bool = False
-    """Train the classifier alone, on a body that neither learns nor draws (with --finetune)."""
+    linear_probe: bool | Literal["batchnorm"] = False
+    """Train the classifier alone, on a body that stands still (with --finetune); batchnorm: behind one, as MAE's."""
     head_init_scale: float = 1.0
     """Factor on the head's initial weights when fine-tuning gives the model a new head (ConvNeXt: 0.001)."""
+    mae_target: Literal["pixels", "hog"] = "pixels"
+    """--task mae: what is predicted: pixels, normalised within each patch, or histograms of oriented gradients."""
+    mask_ratio: float = 0.75
+    """--task mae: share of the patches that the model does not see."""
+    decoder: tuple[int, int, int] = (8, 512, 16)
+    """--task mae: blocks, width and heads of the decoder, which is thrown away after pre-training."""
     model_ema: bool = False
     """Keep an exponential moving average of the weights and evaluate it too."""
     model_ema_decay: float = 0.9999

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -16,6 +15,7 @@ from curriculum import CurriculumSampler, Epoch, Plan
 from curriculum.sampler import FORWARD, GROUP, derive_seed
 from inputs.finish import Finish
 from numerics import MAX_SKIPPED, MAX_STREAK, NEVER, LossMeter
+from tasks import Classification, Task
 from utils import all_sum, no_sync, world_size
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -35,7 +35,7 @@ class Training:
     device: torch.device
     amp: str = "none"
     clip_grad: float | None = None
-    smoothing: float = 0.0
+    task: Task = field(default_factory=Classification)
     skip_nonfinite: bool = False  # leave out optimizer steps whose gradient is not finite; needs an enabled scaler
     step: int = 0
     watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
@@ -102,9 +102,7 @@ def forward_loss(
         t.watch(images)
     torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout
     with autocast(t.device, t.amp):
-        logits = t.model(images)
-    soft = targets.is_floating_point()  # mixed targets are smoothed already
-    return F.cross_entropy(logits.float(), targets, label_smoothing=0.0 if soft else t.smoothing)
+        return t.task.loss(t.model, images, targets, seeds)
 
 
 def restore(buffers: list[tuple[torch.Tensor, torch.Tensor]], norm: torch.Tensor) -> None:
@@ -123,7 +121,7 @@ def evaluate(
     size: int,
     device: torch.device,
     amp: str = "none",
-    columns: torch.Tensor | None = None,
+    task: Task | None = None,
     stop: Callable[[], bool | None] = lambda: False,
     radius: float | None = None,
 ) -> dict[str, Any] | None:
@@ -132,45 +130,37 @@ def evaluate(
     Args:
         model: unwrapped, at input size ``size``.
         loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
-        columns: the model's output for each of the data set's classes, where the two differ.
+        task: what to measure; by default, of a classifier.
         stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
         radius: of the low-pass filter that the images go through, None for none.
 
     Returns:
-        ``loss`` (cross entropy), ``acc1`` and ``acc5`` (per cent; of fewer than 5 classes, all count as the top 5),
-        ``images``, the number of distinct images scored, and ``predictions``, the top class of each image, in order.
-        None if it was stopped.
+        The task's scores, and ``images``, the number of distinct images scored. None if it was stopped.
 
     Raises:
         RuntimeError: an image of the data set was left out or scored twice.
     """
     model.eval()
-    sums = torch.zeros(3, device=device)
-    scored, predictions = torch.zeros(2, len(loader.dataset), dtype=torch.int32, device=device)
-    columns = None if columns is None else columns.to(device)
+    task = task or Classification()
+    # Of each image, in its place: how often it was scored, and what was measured.
+    table = torch.zeros(1 + len(task.measured), len(loader.dataset), device=device)
     for images, targets, indices in loader:
         images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
         with autocast(device, amp):
-            logits = model(finish.evaluate(images, size, radius)).float()
-        logits = logits if columns is None else logits[:, columns]
-        best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-        top = best == targets[:, None]
-        sums += torch.stack([F.cross_entropy(logits, targets, reduction="sum"), top[:, 0].sum(), top.sum()])
+            measures = task.measure(model, finish.evaluate(images, size, radius), targets, indices)
         indices = indices.to(device)
-        scored[indices] += 1
-        predictions[indices] = best[:, 0].int()
+        table[0, indices] += 1
+        table[1:, indices] = measures.float()
         if stop():
             return None
-    most = -(-len(scored) // (world_size() * loader.batch_size))  # batches of the process that has most
+    count = table.shape[1]
+    most = -(-count // (world_size() * loader.batch_size))  # batches of the process that has most
     if any(stop() for _ in range(most - len(loader))):
         return None
-    all_sum(sums), all_sum(scored), all_sum(predictions)
+    scored, *columns = all_sum(table) if device.type == "mps" else all_sum(table).double()
     if not bool((scored == 1).all()):
-        raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {len(scored)}")
-    loss, top1, top5 = (sums.double() if device.type != "mps" else sums).tolist()
-    count = len(scored)
-    scores = {"loss": loss / count, "acc1": 100 * top1 / count, "acc5": 100 * top5 / count, "images": count}
-    return {**scores, "predictions": predictions}
+        raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {count}")
+    return {**task.scores(dict(zip(task.measured, columns))), "images": count}
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

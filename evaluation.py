@@ -21,6 +21,7 @@ from inputs.transforms import EvalTransform
 from models import create_model, load_weights
 from models.reading import read_weights
 from parts import make_finish
+from tasks import Classification
 from utils import Topology
 from watchdog import Watchdog
 
@@ -51,7 +52,7 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
         config.num_workers,
         topology.device.type == "cuda",
     )
-    finish = make_finish(config, len(known), "lanczos")
+    finish, task = make_finish(config, len(known), "lanczos"), Classification(columns=columns)
     averaged = isinstance(content.get("model_ema"), dict)
     for key in ("model", "model_ema") if averaged else (None,):
         report = load_weights(model, source_of_weights, key=key)
@@ -64,12 +65,12 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
         started = time.perf_counter()
         with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:
             stop = partial(watchdog.beat, "evaluating")
-            scores = evaluate(model, loader, finish, size, topology.device, config.amp, columns, stop=stop)
+            scores = evaluate(model, loader, finish, size, topology.device, config.amp, task, stop=stop)
         speed = scores["images"] / (time.perf_counter() - started)
         line = {"weights": key or "model", "eval_size": size, **scores, "images_per_s": round(speed, 1)}
         top = line.pop("predictions")
         if real is not None:
-            top = top if columns is None else columns[top.cpu()]
+            top = top.cpu() if columns is None else columns[top.cpu()]
             line["real_acc1"] = real_accuracy(top.tolist(), real)
         if topology.is_main:
             print(json.dumps(line), flush=True)

@@ -15,6 +15,7 @@ from datasets import Source
 
 PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "layer_decay")  # what its saved state holds or rests on
+MAE = ("task", "mae_target", "mask_ratio", "decoder")
 SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 
 
@@ -28,8 +29,10 @@ def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[s
         early_large_batch=config.early_large_batch,
         replay=[stage.replay for stage in plan.stages],
     )
+    # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
+    task = {key: getattr(config, key) for key in MAE} if config.task == "mae" else {}
     return {
-        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}},
+        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **_plain(task)},
         "data": {"images": len(source), "classes": len(source.classes), "fingerprint": fingerprint(source)},
         "curriculum": _plain(curriculum),
         "batch_size": config.batch_size,

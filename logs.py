@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import image, scalar
 
 from curriculum import Epoch, Plan
 from utils import write_text
@@ -76,6 +77,11 @@ class RunLog:
         if self.board is not None:
             self.board.draw(step, {f"train/{key}": value for key, value in scalars.items()})
 
+    def picture(self, step: int, name: str, pixels: torch.Tensor) -> None:
+        """Shows uint8 (3, H, W) in TensorBoard."""
+        if self.board is not None:
+            self.board.show(step, image(name, pixels.cpu().numpy()))
+
     def close(self) -> None:
         """Raises OSError if records are still not written."""
         if self.path is not None and self.waiting:
@@ -98,11 +104,14 @@ class Board:
             self._give_up(error)
 
     def draw(self, step: int, scalars: dict[str, float]) -> None:
+        self.show(step, *(scalar(key, value) for key, value in scalars.items()))
+
+    def show(self, step: int, *summaries: Summary) -> None:
         if self.writer is None:
             return
         try:
-            for key, value in scalars.items():
-                self._write(Event(step=step, summary=scalar(key, value)))
+            for summary in summaries:
+                self._write(Event(step=step, summary=summary))
             self.writer.flush()
         except OSError as error:
             self._give_up(error)

@@ -108,7 +108,7 @@ def train(config: Config, topology: Topology) -> int:
         if topology.is_main:
             print(report)
     if config.linear_probe:
-        freeze_body(model)
+        freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)
     with wrong_usage():
         trainer = Trainer(config, topology, plan, sampler, model, sources, agreement, identity, state)

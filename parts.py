@@ -19,7 +19,8 @@ from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
-from models import create_model, param_groups
+from models import create_mae, create_model, param_groups
+from tasks import Classification, Reconstruction, Task
 
 
 def make_plan(config: Config, num_images: int, classes: int) -> Plan:
@@ -52,7 +53,11 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
 
 
 def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
-    return create_model(config.model, classes, input_size, config.drop_path, **(config.model_args or {}))
+    options = config.model_args or {}
+    if config.task == "mae":
+        options = {"target": config.mae_target, "mask_ratio": config.mask_ratio, "decoder": config.decoder, **options}
+        return create_mae(config.model, input_size, config.drop_path, **options)
+    return create_model(config.model, classes, input_size, config.drop_path, **options)
 
 
 def number_of_classes(config: Config, source: Source) -> int:
@@ -146,6 +151,11 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
         smoothing=config.smoothing,
         channels_last=config.channels_last,
     )
+
+
+def make_task(config: Config, model: nn.Module) -> Task:
+    """What the run learns."""
+    return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
 
 
 def load_state(

@@ -116,8 +116,8 @@ def write_report(output: Path) -> Path:
     sections = [
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
-        "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(plan, records))}</div>',
-        "<h2>Stages</h2>" + _stages(plan, records),
+        "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
+        "<h2>Stages</h2>" + _stages(settings, plan, records),
         "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
         "<h2>What the network saw</h2>" + _samples(output, plan),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
@@ -141,18 +141,16 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     done = records[-1]["progress"] if records else 0.0
     state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
     base = settings["eval_size"] or plan["base_size"]
-    scores = [
-        record[key]
-        for record in records
-        if record.get("eval_size") == base
-        for key in ("test_acc1", "test_acc1_ema")
-        if key in record
-    ]
+    at_base = [record for record in records if record.get("eval_size") == base]
+    scores = [record[key] for record in at_base for key in ("test_acc1", "test_acc1_ema") if key in record]
+    score = (f"{max(scores):.2f} %" if scores else "–", f"best top-1 at {base} pixels")
+    if settings.get("task") == "mae":
+        score = (f"{at_base[-1]['test_loss']:.4f}" if at_base else "–", f"reconstruction loss at {base} pixels")
     total = plan["total"]
     speedup = total["speedup_flops"] or total["speedup_pixels"]
     cards = [
         (state, f"{plan['epochs']:g} epochs, {total['steps']:,} optimizer steps"),
-        (f"{max(scores):.2f} %" if scores else "–", f"best top-1 at {base} pixels"),
+        score,
         (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs']:g} ordinary epochs"),
         (duration_text(sum(record["seconds"] for record in records)), "spent on training"),
     ]
@@ -165,7 +163,7 @@ def _card(value: str, label: str) -> str:
     return f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
 
 
-def _curves(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
     compute = [record["equivalent_epochs"] for record in records]
     hours = [seconds / 3600 for seconds in accumulate(record["seconds"] for record in records)]
     x = f"compute, epochs at {plan['base_size']}"
@@ -180,22 +178,26 @@ def _curves(plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
 
     loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
     accuracy = {"test_acc1": "top-1", "test_acc1_ema": "top-1, average", "test_acc5": "top-5"}
+    throughput = chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True)
+    if settings.get("task") == "mae":
+        return [chart("Reconstruction, at each stage's size", loss, x, "mean squared error", WIDTH, HEIGHT), throughput]
     return [
         chart("Loss (of training, on mixed images)", loss, x, "cross entropy", WIDTH, HEIGHT),
         chart("Accuracy, at each stage's size", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
-        chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True),
+        throughput,
         chart("Accuracy against time", lines(accuracy, hours), "hours of training", "per cent", WIDTH, HEIGHT),
     ]
 
 
-def _stages(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """One row for each stage: what was planned, and what was measured so far."""
     rows, first = [], 0
+    key, head = ("test_loss", "test loss") if settings.get("task") == "mae" else ("test_acc1", "top-1, %")
     for number, stage in enumerate(plan["stages"], 1):
         mine = [record for record in records if first < record["step"] <= first + stage["steps"]]
         first += stage["steps"]
         seconds, images = (sum(record[key] for record in mine) for key in ("seconds", "images"))
-        scores = [record["test_acc1"] for record in mine if "test_acc1" in record]
+        scores = [record[key] for record in mine if key in record]
         rows.append(
             [
                 number,
@@ -208,7 +210,7 @@ def _stages(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
                 f"{images / seconds:,.0f}" if seconds else "–",
                 duration_text(seconds) if seconds else "–",
                 f"{mine[-1]['train_loss']:.4f}" if mine else "–",
-                f"{scores[-1]:.2f}" if scores else "–",
+                f"{scores[-1]:.{4 if key == 'test_loss' else 2}f}" if scores else "–",
             ]
         )
     heads = [
@@ -222,7 +224,7 @@ def _stages(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
         "images/s",
         "time",
         "loss",
-        "top-1, %",
+        head,
     ]
     return _table(heads, rows)
 
@@ -230,20 +232,25 @@ def _stages(plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
 def _samples(output: Path, plan: dict[str, Any]) -> str:
     figures = []
     for number, stage in enumerate(plan["stages"], 1):
-        path = output / "samples" / f"stage-{number}.png"
-        if not path.exists():
-            continue
-        data = base64.b64encode(path.read_bytes()).decode()
         first = stage["magnitude"][0]
-        caption = (
-            f"stage {number}: B {stage['input_size']}, magnitude {'none' if first is None else format(first, '.1f')}"
-        )
-        figures.append(
-            f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-            f"<figcaption>{escape(caption)} (first images of the stage, cropped, augmented, erased and mixed)"
-            "</figcaption></figure>"
-        )
+        magnitude = "none" if first is None else format(first, ".1f")
+        about = f"stage {number}: B {stage['input_size']}, magnitude {magnitude}"
+        more = "(first images of the stage, cropped, augmented, erased and mixed)"
+        figures.append(_figure(output / "samples" / f"stage-{number}.png", about, more))
+        answers = "validation images, what the model saw of them, and what it predicted (HOG: below that of the images)"
+        figures.append(_figure(output / "samples" / f"stage-{number}-answers.png", f"stage {number}", answers))
     return "".join(figures) or "<p>Nothing yet.</p>"
+
+
+def _figure(path: Path, about: str, more: str) -> str:
+    """A picture and what it shows; empty if it is not there."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(about)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(about)} {escape(more)}</figcaption></figure>"
+    )
 
 
 def _settings(settings: dict[str, Any]) -> str:

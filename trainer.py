@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import Dataset
 
 from config import Config
 from curriculum import CurriculumSampler, Epoch, Plan, set_input_size
@@ -20,7 +21,7 @@ from engine import Training, evaluate, train_epoch, unwrap
 from inputs.transforms import EvalTransform
 from logs import Progress, RunLog, duration_text, progress_line
 from numerics import NonFinite, snapshot
-from parts import load_state, make_batches, make_finish, make_optimizer, make_scaler
+from parts import load_state, make_batches, make_finish, make_optimizer, make_scaler, make_task
 from report import SAMPLES, save_samples, write_report
 from saving import Saver
 from utils import STOPPED, Agreement, Topology, broadcast_buffers, from_main, leave_stop_note, wrap
@@ -84,7 +85,7 @@ class Trainer:
             device=topology.device,
             amp=config.amp,
             clip_grad=config.clip_grad,
-            smoothing=config.smoothing,
+            task=make_task(config, model),
             skip_nonfinite=config.on_nonfinite == "skip",
             step=sampler.start_step,
         )
@@ -151,9 +152,11 @@ class Trainer:
     def _save_samples(self, images: torch.Tensor) -> None:
         """The first images of a stage, for the report."""
         self.training.watch = None
-        shown = self.training.finish.pixels(images[:SAMPLES])
+        self._keep(f"stage-{self.epoch.stage + 1}", self.training.finish.pixels(images[:SAMPLES]))
+
+    def _keep(self, name: str, images: torch.Tensor) -> None:
         try:
-            save_samples(self.output / "samples" / f"stage-{self.epoch.stage + 1}.png", shown)
+            save_samples(self.output / "samples" / f"{name}.png", images)
         except OSError as error:
             print(f"warning: samples for the report could not be written: {error}", flush=True)
 
@@ -252,25 +255,32 @@ class Trainer:
                 set_input_size(module, size)
             batch = training.sampler.micro_batch * max(1, int((self.plan.base_size / size) ** 2))
             transform = EvalTransform(base, size, self.plan.operator, config.crop_pct)
-            t, stop = self.topology, self._after_batch
-            pin = t.device.type == "cuda"
+            t, pin = self.topology, self.topology.device.type == "cuda"
             loader = eval_loader(self.sources[1], transform, batch, t.rank, t.world_size, config.num_workers, pin)
-            scores = evaluate(
-                module, loader, training.finish, size, t.device, config.amp, radius=epoch.radius, stop=stop
-            )
+            more = {"task": training.task, "stop": self._after_batch, "radius": epoch.radius}
+            scores = evaluate(module, loader, training.finish, size, t.device, config.amp, **more)
             if scores is None:
                 return None
             result["eval_images"] = scores["images"]
-            result.update({f"test_{key}{suffix}": scores[key] for key in ("loss", "acc1", "acc5")})
+            result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
+            if not suffix:
+                self._save_picture(module, loader.dataset, size)
         self.progress.evaluation_seconds = time.perf_counter() - started
         if self.topology.is_main:
-            ema = f"  EMA {result['test_acc1_ema']:.2f} %" if training.ema else ""
-            print(
-                f"evaluation at {size}: top-1 {result['test_acc1']:.2f} %  top-5 {result['test_acc5']:.2f} %{ema}  "
-                f"loss {result['test_loss']:.4f}  on {result['eval_images']} images",
-                flush=True,
-            )
+            scored = f"{training.task.describe(result)}  on {result['eval_images']} images"
+            print(f"evaluation at {size}: {scored}", flush=True)
         return result
+
+    def _save_picture(self, model: nn.Module, data: Dataset, size: int) -> None:
+        """How the model answers a few validation images, of different classes, for the report and TensorBoard."""
+        training, count = self.training, min(SAMPLES, len(data))
+        if training.task.picture is None or not self.topology.is_main:
+            return
+        images = torch.stack([data[len(data) * place // count][0] for place in range(count)])
+        images = training.finish.evaluate(images.to(self.topology.device), size, self.epoch.radius)
+        picture, name = training.task.picture(model, images, training.finish.pixels), f"stage-{self.epoch.stage + 1}"
+        self._keep(f"{name}-answers", picture[None])
+        self.log.picture(training.step, f"pictures/{name}", picture)
 
     def _after_batch(self) -> bool:
         """Of an evaluation. True stops it."""
