@@ -6,11 +6,12 @@ import difflib
 import sys
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
+
+from recipefile import load_recipe
 
 DESCRIPTION = """\
 Trains vision backbones with the EfficientTrain curricula: early training sees low-frequency, weakly augmented images.
@@ -40,6 +41,9 @@ class RunConfig:
     """--eval: folder of class folders to score instead of the validation images (ImageNet-V2, -A, -R, ...)."""
     real_labels: bool = False
     """--eval: add the accuracy on ImageNet's reassessed labels (ReaL)."""
+    suggest: bool = False
+    """Look at the images of --data_path and write a recipe for them, with the reasons, to standard output and as
+    recipe.yaml to --output_dir; settings that are given are kept."""
     predict: str | None = None
     """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
     JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
@@ -291,37 +295,6 @@ def usage_error(message: str) -> int:
     """Prints one line on standard error and returns the exit code of wrong usage."""
     print(f"error: {message}", file=sys.stderr)
     return 2
-
-
-def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Reads a recipe, after what it ``extends``: a file or a list of files, as paths from its own folder.
-
-    Keys of a later file replace those of an earlier one, and the recipe's own replace them all.
-
-    Raises:
-        ValueError: not readable, not a mapping, or extending itself; names the file.
-    """
-    try:
-        text = Path(path).read_text()
-        refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        content = None if refers else yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe {path} is not a text file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the loader lets a bad date's ValueError through
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if refers:  # which can grow without bounds
-        raise ValueError(f"recipe {path} refers to a part of itself (*name); write the values out")
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} must be a mapping of settings to values")
-    parents = content.pop("extends", [])
-    if path in children:
-        raise ValueError(f"recipe {path} extends itself")
-    settings: dict[str, Any] = {}
-    for parent in parents if isinstance(parents, list) else [parents]:
-        settings.update(load_recipe(str(Path(path).parent / str(parent)), (*children, path)))
-    return {**settings, **content}
 
 
 def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:

@@ -31,6 +31,7 @@ from parts import describe_replay, make_model, make_plan, number_of_classes
 from predict import predict
 from report import environment, plan_picture
 from resuming import checkpoint_to_resume
+from suggest import suggest
 from trainer import Trainer
 from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, stays_stopped, write_text
 
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> int:
             check_settings(config)
         if config.plan != "none":
             return show_plan(config)
+        if config.suggest:
+            return write_suggestion(config, given(argv))
         with wrong_usage():
             topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
         try:
@@ -153,6 +156,19 @@ def show_plan(config: Config) -> int:
     else:
         lines = [table(summary, config.baseline_epochs), *describe_replay(config, plan)]
         print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
+    return 0
+
+
+def write_suggestion(config: Config, said: set[str]) -> int:
+    """``--suggest``: a recipe for the images of --data_path, on standard output and in the output folder."""
+    with wrong_usage():
+        text = suggest(config, said)
+    print(text, end="")
+    if config.output_dir:
+        path = Path(config.output_dir) / "recipe.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+        print(f"written to {path}; look at the run: python main.py --recipe {path} --plan table", file=sys.stderr)
     return 0
 
 
