@@ -36,7 +36,8 @@ from searching.study import Study  # noqa: E402
 from searching.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
 from utils import STOPPED, die, write_text  # noqa: E402
 
-OURS = ("output_dir", "resume", "stop_after", "eval", "plan", "doctor", "allow_change")  # flags the search sets itself
+# Flags that the search sets itself, or that train nothing.
+OURS = ("output_dir", "resume", "stop_after", "allow_change", "eval", "plan", "doctor", "predict")
 STATED = ("curriculum", "epochs", "batch_size", "lr")  # in a recipe even where they are the defaults
 
 
@@ -160,7 +161,7 @@ def main(argv: list[str], launch=launch) -> int:
     args, flags = parse(argv)
     given = {flag.split("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
     if forbidden := sorted(given & set(OURS)):
-        return usage_error(f"--{forbidden[0]}: the search sets it itself")
+        return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or need it not")
     config = parse_config(flags)
     try:
         check_settings(config)

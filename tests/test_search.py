@@ -142,9 +142,7 @@ def at(trial):
     return compute
 
 
-def test_real_trials_go_on_from_each_other_and_the_recipe_runs(
-    find, tmp_path, in_process, main_program, folder, capsys
-):
+def test_real_trials_go_on_from_each_other_and_the_recipe(find, tmp_path, in_process, main_program, folder, capsys):
     arguments = ("--shares", "10,30,30,30", "--sizes", "32,64", "--tune_epochs", 0.5, "--confirm", 1)
     assert find("constrained", *arguments, "--parallel", 2, launch=in_process, epochs=4) == 0
     ledger = [json.loads(line) for line in (tmp_path / "search" / "ledger.jsonl").read_text().splitlines()]
@@ -174,7 +172,7 @@ def test_real_trials_go_on_from_each_other_and_the_recipe_runs(
 
 @pytest.fixture
 def in_process(main_program, monkeypatch, capsys):
-    """Real trials, by main.py inside this process (one at a time: signal handlers and torch's generators are global)."""
+    """Real trials, by main.py inside this process, one at a time: signal handlers and generators are global."""
     import threading
 
     guard = threading.Lock()
@@ -303,7 +301,7 @@ def test_a_stage_whose_checkpoint_is_gone_is_trained_again(find, tmp_path):
         (["constrained"], {"epochs": 0.5}, "too short"),
         (["magnitude", "--magnitudes", "cubic:9"], {}, "cubic:9"),
         (["tune"], {"data_path": "/nowhere"}, "/nowhere"),
-        (["greedy"], {"output_dir": "x"}, "--output_dir: the search sets it itself"),
+        (["greedy"], {"output_dir": "x"}, "--output_dir is not for searches"),
     ],
 )
 def test_bad_input(find, arguments, settings, words, capsys):

@@ -1,0 +1,89 @@
+"""Spectra of what the network is shown at each stage of a run: cropped, augmented, erased, reduced, filtered, mixed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from analysis.figures import panels, save, shades, write_csv
+from analysis.runs import RunFolder
+from curriculum import CurriculumSampler, Epoch
+from inputs.transforms import collate
+from parts import make_train_set
+
+
+def radial_power(images: torch.Tensor) -> torch.Tensor:
+    """Mean power of an image's spectrum at each frequency.
+
+    The amplitude of a wave does not depend on the size at which it is sampled: the DFT is divided by the number of
+    pixels, so images of different input sizes compare.
+
+    Args:
+        images: float (N, C, S, S).
+
+    Returns:
+        (S // 2,): the mean of |DFT / S^2|^2 over images, channels and the ring k - 1/2 <= |f| < k + 1/2, for k = 1, 2,
+        ... S // 2 cycles per image side.
+    """
+    size = images.shape[-1]
+    power = (torch.fft.fft2(images.double()) / size**2).abs().square().mean((0, 1))
+    k = torch.fft.fftfreq(size, 1 / size, dtype=torch.float64)
+    ring = (k[:, None].square() + k[None].square()).sqrt().add(0.5).floor().long().flatten()
+    sums = torch.zeros(int(ring.max()) + 1, dtype=torch.float64).index_add_(0, ring, power.flatten())
+    return (sums / ring.bincount())[1 : size // 2 + 1]
+
+
+def shown(run: RunFolder, epoch: Epoch, images: int) -> torch.Tensor:
+    """The first ``images`` images of an epoch as the network sees them, one group: float (images, 3, B, B)."""
+    config = run.config
+    sampler = CurriculumSampler(run.plan, seed=config.seed, micro_batch=config.micro_batch, start_step=epoch.first_step)
+    data, samples = make_train_set(config, run.plan, run.train_source), []
+    for batch in sampler:
+        samples += batch
+        if len(samples) >= images:
+            break
+    pixels, labels, *_ = collate([data[sample] for sample in samples[:images]])
+    arguments = epoch.input_size, [config.seed], len(pixels), epoch.radius, epoch.mixing
+    return run.finish.train(pixels, labels, *arguments)[0]
+
+
+def measure(run: RunFolder, images: int) -> list[dict[str, Any]]:
+    """A row for each stage and frequency: stage (from 1), input_size, frequency (cycles per image side), power.
+
+    Args:
+        images: of the first epoch of each stage; an even number, for they may be mixed.
+    """
+    rows = []
+    for number, stage in enumerate(run.plan.stages, 1):
+        epoch = next(epoch for epoch in run.plan if epoch.stage == number - 1)
+        power = radial_power(shown(run, epoch, images))
+        rows += [
+            {"stage": number, "input_size": stage.input_size, "frequency": k, "power": value}
+            for k, value in enumerate(power.tolist(), 1)
+        ]
+        print(f"stage {number} of {len(run.plan.stages)}", flush=True)
+    return rows
+
+
+def report(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
+    """Writes spectra.csv and its figure."""
+    write_csv(rows, folder, "spectra")
+    figure, (axis,) = panels(1, 5.4, 3.8)
+    stages = sorted({(row["stage"], row["input_size"]) for row in rows})
+    for (stage, size), colour in zip(stages, shades(len(stages))):
+        mine = [row for row in rows if row["stage"] == stage]
+        axis.loglog(
+            [row["frequency"] for row in mine],
+            [row["power"] for row in mine],
+            "o-",
+            color=colour,
+            label=f"stage {stage}: B = {size}",
+            ms=3,
+        )
+        axis.axvline(size / 2, color=colour, ls=":", lw=1)
+    axis.set(xlabel="frequency, cycles per image side", ylabel="power", title=f"what the network is shown: {name}")
+    axis.legend()
+    save(figure, folder, "spectra")
