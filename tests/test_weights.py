@@ -512,5 +512,5 @@ def test_export_says_what_is_wrong(tmp_path, capsys):
         assert re.fullmatch(rf"error: .*{message}.*\n", captured.err) and not captured.out
         assert not (tmp_path / "out").exists()
     with pytest.raises(SystemExit) as error:
-        export([str(source), "out", "--format", "onnx"])
+        export([str(source), "out", "--format", "keras"])
     assert error.value.code == 2
