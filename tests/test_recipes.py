@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from functools import cache
+from itertools import product
 from pathlib import Path
+from string import Template
 
 import pytest
 import yaml
@@ -21,6 +24,24 @@ from models.flops import count_flops
 ROOT = Path(__file__).parents[1] / "recipes"
 PAPERS = json.loads((ROOT / "papers.json").read_text())
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.yaml") if not path.name.startswith("_"))
+
+
+def variants(name: str) -> dict[str, list[str]]:
+    """Flags of the other runs that a recipe's head describes, by row: ``# Flags: --rows "[t3.B$B.$E]" ...`` for every
+    combination in ``# Runs: B=96 128; E/U=75/0.25 150/0.5``."""
+    text, found = (ROOT / name).read_text(), {}
+    ranges = [one.split("=") for runs in re.findall(r"# Runs: (.*)", text) for one in runs.split("; ")]
+    for chosen in product(*(choices.split() for _, choices in ranges)):
+        values = {}
+        for (letters, _), choice in zip(ranges, chosen):
+            values.update(zip(letters.split("/"), choice.split("/")))
+        for flags in re.findall(r"# Flags: (.*)", text):
+            words = shlex.split(Template(flags).substitute(values))
+            found[words[1].strip("[]")] = words
+    return found
+
+
+VARIANTS = {(name, row): words for name in RECIPES for row, words in variants(name).items()}
 # One of each family is counted in every run of the tests, all of them in the extended one.
 QUICK = ("resnet50", "convnext_tiny", "deit_tiny", "pvt_tiny", "swin_tiny", "cswin_tiny", "caformer_s18")
 QUICK += ("vit_base_patch16_224", "vit_large_patch16_224")
@@ -91,7 +112,19 @@ def plan_of(config: Config):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_settings_and_stages_are_the_rows(name):
-    config = resolve(name)
+    check_settings_and_stages(resolve(name))
+
+
+@pytest.mark.parametrize("name, row", VARIANTS)
+def test_settings_and_stages_of_the_runs_that_a_head_describes(name, row):
+    config = parse_config(["--recipe", str(ROOT / name), *VARIANTS[name, row]])
+    assert config.rows == [row] and str(PAPERS[row]["epochs"]) in name
+    check_settings_and_stages(config)
+    if row in resolve(name).rows:
+        assert plan_of(config).stages == plan_of(resolve(name)).stages
+
+
+def check_settings_and_stages(config: Config) -> None:
     plan = plan_of(config)
     assert config.rows, "a recipe names the rows that it reproduces"
     assert config.batch_size % config.micro_batch == 0 and config.micro_batch % 2 == 0
@@ -122,7 +155,21 @@ def test_settings_and_stages_are_the_rows(name):
             assert [stage.input_size for stage in plan.stages] == sizes
             for stage, (until, _) in zip(plan.stages, want["stages"]):
                 assert stage.stop == pytest.approx(until, abs=1e-3)
-        elif row.endswith("baseline"):
+            if "relative_cost" in want:  # printed to two digits
+                cost = sum(
+                    (until - start) * costs(config, size)[0] / costs(config, 224)[0]
+                    for start, (until, size) in zip([0, *(until for until, _ in want["stages"])], want["stages"])
+                )
+                assert cost == pytest.approx(want["relative_cost"], abs=0.0051)
+        if "radii" in want:
+            assert [stage.input_size for stage in plan.stages] == [224] * len(want["radii"])
+            assert [(stage.stop, stage.radius) for stage in plan.stages] == [
+                (pytest.approx(until, abs=1e-3), radius) for until, radius in want["radii"]
+            ]
+        if "magnitudes" in want:
+            halves = [{epoch.magnitude for epoch in plan if (epoch.start < 0.5) == first} for first in (True, False)]
+            assert halves == [{magnitude} for magnitude in want["magnitudes"]]
+        if row.endswith("baseline"):
             assert [stage.input_size for stage in plan.stages] == [config.input_size]
 
 
@@ -136,9 +183,10 @@ def check_warmup(config: Config, plan, printed: str) -> None:
 
 
 def test_every_row_is_reproduced_by_one_recipe_and_its_fragments_are_no_recipes():
-    named = [row for name in RECIPES for row in resolve(name).rows]
+    named = {(name, row) for name in RECIPES for row in resolve(name).rows} | set(VARIANTS)
+    named = [row for _, row in named]
     assert sorted(named) == sorted(PAPERS), "each row of papers.json belongs to exactly one recipe"
-    assert len(RECIPES) > 140
+    assert len(RECIPES) > 140 and len(VARIANTS) == 12 + 2 * 16 + 10
 
 
 @pytest.mark.parametrize("name", RECIPES)
