@@ -34,6 +34,11 @@ class RandAugment:
     N(magnitude, magnitude_std), clipped to [0, 10]. Magnitude 0 is not "no augmentation": AutoContrast, Equalize and
     Invert have no level, and Posterize keeps only 4 bits at level 0. Geometric operations fill with ``fill`` (RGB,
     0-255; the default is the ImageNet mean) and interpolate bicubically.
+
+    >>> from PIL import Image
+    >>> augment = RandAugment()
+    >>> augment(Image.new("RGB", (64, 64)), 4.5, random.Random(0)).size
+    (64, 64)
     """
 
     def __init__(

@@ -10,6 +10,9 @@ def parse_duration(text: str | float) -> tuple[float, str]:
 
     Raises:
         ValueError: not one of these forms.
+
+    >>> parse_duration("20 passes"), parse_duration(3.7)
+    ((20.0, 'passes'), (3.7, 'epochs'))
     """
     match = re.fullmatch(r"\s*([0-9.]+(?:e[+-]?\d+)?)\s*(epochs?|pass|passes|%|steps?)?\s*", str(text))
     try:

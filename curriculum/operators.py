@@ -29,6 +29,14 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
         (..., size, size) in x's dtype; differentiable.
     Raises:
         ValueError: x is not a float tensor of at least two dimensions, or the size is outside its range.
+
+    A wave of 3 cycles is below the limit of 4 that 8 pixels can hold, one of 5 is above it:
+
+    >>> wave = lambda cycles, size: torch.cos(2 * torch.pi * cycles * torch.arange(size) / size).expand(size, size)
+    >>> torch.allclose(low_frequency_crop(wave(3, 16), 8), wave(3, 8), atol=1e-6)
+    True
+    >>> low_frequency_crop(wave(5, 16), 8).abs().max() < 1e-6
+    tensor(True)
     """
     _check_images(x)
     if not x.is_floating_point():
@@ -66,6 +74,9 @@ def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
         (..., C, size, size) in x's dtype.
     Raises:
         ValueError: the mode is not known, x is neither float nor uint8, or the size is outside its range.
+
+    >>> downsample(torch.zeros(3, 256, 320, dtype=torch.uint8), 96, "lanczos").shape
+    torch.Size([3, 96, 96])
     """
     if mode not in MODES:
         raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(MODES)}")
@@ -102,12 +113,22 @@ def low_pass(x: torch.Tensor, radius: float) -> torch.Tensor:
         (..., H, W) in x's dtype; computed in float32 at least.
     Raises:
         ValueError: x is not a float tensor of at least two dimensions, or the radius is negative or not a number.
+
+    >>> x = torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    >>> low_pass(x, 0)
+    tensor([[3., 3.],
+            [3., 3.]])
     """
     return _disc_filter(x, radius, keep_inside=True)
 
 
 def high_pass(x: torch.Tensor, radius: float) -> torch.Tensor:
-    """What `low_pass` removes: the frequencies with k^2 + l^2 > radius^2 (ICCV 2023, Table 1); low + high = x."""
+    """What `low_pass` removes: the frequencies with k^2 + l^2 > radius^2 (ICCV 2023, Table 1); low + high = x.
+
+    >>> high_pass(torch.tensor([[1.0, 2.0], [3.0, 6.0]]), 0)
+    tensor([[-2., -1.],
+            [ 0.,  3.]])
+    """
     return _disc_filter(x, radius, keep_inside=False)
 
 

@@ -41,6 +41,11 @@ class Curriculum:
         magnitude: RandAugment schedule, one of ``MAGNITUDES``: ``linear`` 0 -> max with progress, ``steps`` (the
             staircase of the authors' scripts), ``constant`` (max throughout) or ``none`` (no RandAugment).
         magnitude_steps: the staircase's values, equal shares of the clock each.
+
+    >>> from curriculum import build_plan
+    >>> mine = Curriculum("mine", "compute", ((0.3, 128), (1.0, 224)))
+    >>> [stage.input_size for stage in build_plan(mine, epochs=5, num_images=800, batch_size=8).stages]
+    [128, 224]
     """
 
     name: str

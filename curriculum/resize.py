@@ -44,6 +44,15 @@ def set_input_size(
 
     Raises:
         ValueError: if the model is wrapped, or cannot take the size; the model is then as it was.
+
+    >>> from timm import create_model
+    >>> model = create_model("test_vit", img_size=64)
+    >>> model.pos_embed.shape  # a class token and 4 x 4 patches
+    torch.Size([1, 17, 64])
+    >>> set_input_size(model, 32), model.pos_embed.shape
+    (True, torch.Size([1, 5, 64]))
+    >>> set_input_size(create_model("test_resnet"), 32)
+    False
     """
     averaged = getattr(ema, "module", ema)
     for part in (model, averaged):
@@ -73,6 +82,9 @@ def check_input_sizes(model: nn.Module, sizes: Iterable[int]) -> None:
 
     Raises:
         InputSizeError: naming the size, the reason, what sizes should be a multiple of, and the nearest that work.
+
+    >>> from timm import create_model
+    >>> check_input_sizes(create_model("test_vit", img_size=64), [32, 48])
     """
     _refuse_wrapped(model)
     trial = _Trial(model)

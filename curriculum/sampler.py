@@ -52,6 +52,12 @@ class CurriculumSampler(Sampler):
 
     Raises:
         ValueError: batch, groups and processes that do not divide; names the nearest sizes that do.
+
+    >>> from curriculum import build_plan
+    >>> plan = build_plan("efficienttrain++", epochs=2, num_images=800, batch_size=8, base_size=64)
+    >>> batch = next(iter(CurriculumSampler(plan, seed=0)))
+    >>> len(batch), {size for index, size, magnitude, seed in batch}
+    (8, {32})
     """
 
     def __init__(

@@ -32,6 +32,11 @@ def summarize(
 
     Raises:
         ValueError: no measured speed for one of the sizes.
+
+    >>> from curriculum import build_plan
+    >>> plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
+    >>> round(summarize(plan, baseline_epochs=300)["total"]["speedup_pixels"], 2)
+    1.5
     """
     records = list(plan)
     work = flops or {size: float(size**2) for size in (plan.base_size, *(stage.input_size for stage in plan.stages))}
@@ -112,7 +117,13 @@ def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, floa
 
 
 def table(summary: dict[str, Any], baseline_epochs: float) -> str:
-    """The summary as text for a terminal: what is trained, what that costs, and the totals."""
+    """The summary as text for a terminal: what is trained, what that costs, and the totals.
+
+    >>> from curriculum import build_plan
+    >>> plan = build_plan("none", epochs=10, num_images=1000, batch_size=100)
+    >>> table(summarize(plan, 10), 10).splitlines()[0]
+    'curriculum none, 10 epochs at base size 224, 1,000 images'
+    """
     lines = [
         f"curriculum {summary['curriculum']}, {summary['epochs']:g} epochs at base size {summary['base_size']}, "
         f"{summary['num_images']:,} images",
