@@ -110,7 +110,7 @@ def report(rows: Sequence[dict[str, Any]], folder: Path) -> None:
         whole, pair = list(table[0])[-1], list(table[0])[1:3]
         for column, style in ((pair[0], "o-"), (pair[1], "s-"), (whole, "k--")):
             axes[2].plot([row["epochs"] for row in table], [row[column] for row in table], style, label=column, ms=4)
-        axes[2].set(title="the pair that ends alike (Table 1)", xlabel="full-size epochs of compute")
+        axes[2].set(title="the two with the closest ends (Table 1)", xlabel="full-size epochs of compute")
         axes[2].legend()
         axes[0].set_ylabel(f"{name}: top-1, per cent")
         save(figure, folder, f"filtered{ending}")

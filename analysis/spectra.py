@@ -50,28 +50,38 @@ def shown(run: RunFolder, epoch: Epoch, images: int) -> torch.Tensor:
     return run.finish.train(pixels, labels, *arguments)[0]
 
 
-def measure(run: RunFolder, images: int) -> list[dict[str, Any]]:
-    """A row for each stage and frequency: stage (from 1), input_size, frequency (cycles per image side), power.
+def measure(run: RunFolder, images: int) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:
+    """A row for each stage and frequency: stage (from 1), input_size, frequency (cycles per image side), power; and
+    for each stage the first of its images, uint8 (up to 4, 3, B, B).
 
     Args:
         images: of the first epoch of each stage; an even number, for they may be mixed.
     """
-    rows = []
+    rows, pictures = [], []
     for number, stage in enumerate(run.plan.stages, 1):
         epoch = next(epoch for epoch in run.plan if epoch.stage == number - 1)
-        power = radial_power(shown(run, epoch, images))
+        seen = shown(run, epoch, images)
+        power = radial_power(seen)
+        pictures.append(run.finish.pixels(seen[:4]))
         rows += [
             {"stage": number, "input_size": stage.input_size, "frequency": k, "power": value}
             for k, value in enumerate(power.tolist(), 1)
         ]
         print(f"stage {number} of {len(run.plan.stages)}", flush=True)
-    return rows
+    return rows, pictures
 
 
-def report(rows: Sequence[dict[str, Any]], name: str, folder: Path) -> None:
-    """Writes spectra.csv and its figure."""
+def report(rows: Sequence[dict[str, Any]], pictures: Sequence[torch.Tensor], name: str, folder: Path) -> None:
+    """Writes spectra.csv and its figure: on the left the images of each stage, at the same size on paper."""
     write_csv(rows, folder, "spectra")
-    figure, (axis,) = panels(1, 5.4, 3.8)
+    figure, (images, axis) = panels(2, 5.0, 3.8)
+    images.set_axis_off()
+    for number, four in enumerate(pictures):
+        bottom = 1 - (number + 1) / len(pictures)
+        strip = images.inset_axes((0, bottom, 1, 0.94 / len(pictures)))
+        strip.imshow(torch.cat(list(four), dim=2).permute(1, 2, 0), interpolation="nearest")
+        strip.set(xticks=[], yticks=[], ylabel=f"B = {four.shape[-1]}")
+        strip.grid(False)
     stages = sorted({(row["stage"], row["input_size"]) for row in rows})
     for (stage, size), colour in zip(stages, shades(len(stages))):
         mine = [row for row in rows if row["stage"] == stage]

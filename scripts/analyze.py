@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
             cka.report((runs[0].path.name, runs[1].path.name), tuple(layers), similarity, args.output)
         else:
             images = (args.images or 512) // 2 * 2
-            spectra.report(spectra.measure(runs[0], images), runs[0].path.name, args.output)
+            spectra.report(*spectra.measure(runs[0], images), runs[0].path.name, args.output)
     except (ValueError, OSError) as error:
         return die(error)
     return 0

@@ -214,7 +214,9 @@ def test_shown_images_are_those_of_the_run(runs):
         epoch = next(epoch for epoch in run.plan if epoch.stage == number - 1)
         assert spectra.shown(run, epoch, 6).shape == (6, 3, size, size)
         assert Image.open(run.path / "samples" / f"stage-{number}.png").height >= size
-    rows = spectra.measure(run, 6)
+    rows, pictures = spectra.measure(run, 6)
+    assert [one.shape for one in pictures] == [(4, 3, size, size) for size in (32, 48, 64)]
+    assert all(one.dtype == torch.uint8 and one.float().std() > 10 for one in pictures)
     assert [max(row["frequency"] for row in rows if row["stage"] == n) for n in (1, 2, 3)] == [16, 24, 32]
 
 
