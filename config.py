@@ -169,7 +169,7 @@ class CurriculumConfig:
 
     curriculum: str | dict[str, Any] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
-    progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
+    efficienttrain++-experimental, progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
     epochs: float = 200
     """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
     warmup_epochs: float | str = "5%"

@@ -68,13 +68,13 @@ def measure(
 def matched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Table 1: the low-pass and the high-pass filter whose accuracies at the end are closest, over training.
 
-    Pairs at whose end neither tells more than half of what the network knows of whole images are left out.
+    Pairs at whose end neither tells more than a quarter of what the network knows of whole images are left out.
     """
     last = max(row["step"] for row in rows)
     end = {(row["filter"], row["radius"]): row["accuracy"] for row in rows if row["step"] == last}
     lows, highs = ([radius for name, radius in end if name == kind] for kind in FILTERS)
     pairs = [(low, high) for low in lows for high in highs]
-    useful = [p for p in pairs if max(_ends(end, p)) > end["none", None] / 2] or pairs
+    useful = [p for p in pairs if max(_ends(end, p)) > end["none", None] / 4] or pairs
     low, high = min(useful, key=lambda pair: abs(_ends(end, pair)[0] - _ends(end, pair)[1]))
     table = []
     for step in sorted({row["step"] for row in rows}):

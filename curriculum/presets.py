@@ -147,6 +147,10 @@ _FIXED = {
     "efficienttrain++": _plus("efficienttrain++", (0.2, 96), (0.6, 160), (1.0, 224)),
     "efficienttrain++-convnext": _plus("efficienttrain++-convnext", (0.6, 160), (1.0, 224)),
     "efficienttrain++-deit": _plus("efficienttrain++-deit", (0.2, 96), (0.6, 160), (0.8, 192), (1.0, 224)),
+    # Experimental, of no paper: a short, smaller first stage. Its evidence is in docs/method.md, at base size 64.
+    "efficienttrain++-experimental": Curriculum(
+        "efficienttrain++-experimental", "compute", ((0.1, 24), (0.4, 32), (0.7, 48), (1.0, 64)), base_size=64
+    ),
 }
 _COMPUTED = {"efficienttrain": _efficienttrain, "efficienttrain-linear": _linear, "progressive": _progressive}
 PRESETS = ("none", *_COMPUTED, *_FIXED)

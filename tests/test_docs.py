@@ -1,9 +1,9 @@
-"""Every command in README.md, TRAINING.md and EVAL.md is run, reduced to what a test can bear.
+"""Every command in README.md, TRAINING.md, EVAL.md and docs/method.md is run, reduced to what a test can bear.
 
 The reductions: data are tiny folders in a temporary directory; main.py gets the tiny model and settings of conftest.py
 after the command's own (so they win), inside this process; the shell launchers run with stand-ins for torchrun and
-sbatch, and what they would have started is run the same way. Commands with tests of their own are only looked up: the
-demo, the tests, pytest, and ``python -m models...``.
+sbatch, and what they would have started is run the same way; searches only say what they may cost. Commands with tests
+of their own are only looked up: the demo, the tests, pytest, and ``python -m models...``.
 """
 
 import importlib.util
@@ -17,16 +17,27 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, flags, write_images
+from test_analysis import analyze
 from test_results import results
+from test_search import search
 from test_slurm import Cluster
 
 import report
 
-PAGES = ("README.md", "TRAINING.md", "EVAL.md")
+PAGES = ("README.md", "TRAINING.md", "EVAL.md", "docs/method.md")
 TESTED_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh")
 SPEEDS = {"images_per_s": {"96": 5200, "160": 2050, "224": 1060}}
 # Of recipes, what the tiny model does not have or a CPU is too slow for.
-REDUCED = flags(amp="none", drop_path=0, layer_decay=1.0, opt="sgd", warmup_epochs="10%", model_ema=False, epochs=1)
+REDUCED = flags(
+    model_args="{}", amp="none", drop_path=0, layer_decay=1.0, opt="sgd", warmup_epochs="10%", model_ema=False, epochs=1
+)
+PRETRAINING = [
+    "--task",
+    "mae",
+    "--decoder",
+    "[1,32,2]",
+    *["--mixup", "0", "--cutmix", "0", "--reprob", "0", "--magnitude", "none"],
+]
 FILE_FLAGS = ("--finetune", "--resume")
 
 
@@ -38,7 +49,7 @@ def commands():
             continue
         for block in re.findall(r"```bash\n(.*?)```", (ROOT / page).read_text(), re.S):
             lines = block.replace("\\\n", " ").splitlines()
-            found += [(page, " ".join(shlex.split(line, comments=True))) for line in lines if line.strip()]
+            found += [(page, shlex.join(words)) for line in lines if (words := shlex.split(line, comments=True))]
     return found
 
 
@@ -54,6 +65,7 @@ def site(tmp_path_factory):
     folder = root / "data/imagenet21k/imagenet21k_small_classes"
     shutil.move(folder / "more/class_0", folder / "class_3")
     (folder / "more").rmdir()
+    (root / "data/demo").symlink_to(root / "data/imagenet")
     (root / "photos").mkdir()
     for path in (root / "data/imagenet/val/class_0").iterdir():
         shutil.copy(path, root / "photos")
@@ -68,21 +80,33 @@ def run_main(site, main_program, monkeypatch):
     monkeypatch.chdir(site)
     monkeypatch.setattr("doctor.SECONDS", 0.02)
 
+    def finished(folder):
+        if not (folder / "config.yaml").exists():
+            assert main_program([*REDUCED, "--data_path", "data/imagenet", "--output_dir", str(folder)]) == 0
+
     def call(arguments):
         words = [word.replace("/data/", "data/") for word in arguments]
         if "--plan" in words:
             return main_program([*words, "--model", "tests.tiny_models:convnet", "--drop_path", "0"])
+        reduced = list(REDUCED)
+        if "recipes/mae/" in "".join(words):
+            reduced += ["--model", "test_vit", *(PRETRAINING if "recipes/mae/vit" in "".join(words) else ())]
         for flag, value in pairwise(words):
+            if flag == "--recipe" and not Path(value).exists():
+                finished(Path(value).parent)
             if flag in FILE_FLAGS and not Path(value).exists():
-                weights = site / "made"
-                assert main_program([*REDUCED, "--data_path", "data/imagenet", "--output_dir", str(weights)]) == 0
+                weights = site / f"made_{len(reduced)}"
+                made = [*reduced, *(PRETRAINING if reduced != REDUCED else ()), "--data_path", "data/imagenet"]
+                assert main_program([*made, "--output_dir", str(weights)]) == 0
                 Path(value).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(weights / "checkpoint-last.pth", value)
         classes = words.index("--num_classes") if "--num_classes" in words else None
         if classes is not None:
             del words[classes : classes + 2]
-        return main_program([*words, *REDUCED])
+        many_stages = ["--epochs", "3"] if "efficienttrain-linear" in words else []
+        return main_program([*words, *reduced, *many_stages])
 
+    call.finished = finished
     return call
 
 
@@ -107,12 +131,19 @@ def test_command(page, command, run_main, site, tmp_path):
     elif words[0] in ("scripts/train.sh", "scripts/slurm.sh"):
         assert run_main(launched(tmp_path, words)) == 0
     elif words[:2] == ["python", "report.py"]:
-        if not Path(words[2], "config.yaml").exists():
-            assert run_main(["--data_path", "data/imagenet", "--output_dir", words[2]]) == 0
+        run_main.finished(Path(words[2]))
         assert report.main(words[2:]) == 0
     elif words[:2] == ["python", "scripts/results.py"]:
         assert run_main(["--data_path", "data/imagenet", "--output_dir", f"{words[2]}/some_run"]) == 0
         assert results.main(words[2:]) == 0
+    elif words[:2] == ["python", "scripts/analyze.py"]:
+        for word in words[3:]:
+            if word.startswith("output/") and word != "output/figures":
+                run_main.finished(Path(word))
+        reduced = ["--base_size", "32", "--sizes", "16"] if words[2] == "proposition1" else []
+        assert analyze.main([*words[2:], *reduced, "--images", "12"]) == 0
+    elif words[:2] == ["python", "scripts/search.py"]:
+        assert search.main([*words[2:], "--predict", *REDUCED, "--epochs", "20"]) == 0
     elif words[:3] == ["python", "-m", "pytest"]:
         assert all((ROOT / word).exists() for word in words if word.startswith("tests/"))
     elif words[:2] == ["python", "-m"] and words[2].startswith("models."):

@@ -102,6 +102,12 @@ def test_contributing(follow, tmp_path, main_program):
 
 
 def test_links_lead_somewhere():
-    for page in ("README.md", "TRAINING.md", "EVAL.md", "CONTRIBUTING.md", "docs/tutorial.md", "docs/own_loop.md"):
+    for page in (
+        "README.md",
+        "TRAINING.md",
+        "EVAL.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{name}.md" for name in ("tutorial", "own_loop", "method")),
+    ):
         for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (ROOT / page).read_text()):
             assert "://" in target or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
