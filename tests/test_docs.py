@@ -66,6 +66,7 @@ def site(tmp_path_factory):
     shutil.move(folder / "more/class_0", folder / "class_3")
     (folder / "more").rmdir()
     (root / "data/demo").symlink_to(root / "data/imagenet")
+    (root / "my_images").symlink_to(root / "data/imagenet/train")
     (root / "photos").mkdir()
     for path in (root / "data/imagenet/val/class_0").iterdir():
         shutil.copy(path, root / "photos")
@@ -86,6 +87,8 @@ def run_main(site, main_program, monkeypatch):
 
     def call(arguments):
         words = [word.replace("/data/", "data/") for word in arguments]
+        if "--suggest" in words:
+            return main_program(words)
         if "--plan" in words:
             return main_program([*words, "--model", "tests.tiny_models:convnet", "--drop_path", "0"])
         reduced = list(REDUCED)
@@ -150,6 +153,12 @@ def test_command(page, command, run_main, site, tmp_path):
         assert importlib.util.find_spec(words[2]) is not None
     else:
         raise AssertionError(f"{page}: no way is known to test: {command}")
+
+
+def test_readme_s_program(capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(program, {})
+    assert capsys.readouterr().out == "96 0.0 0.0\n"
 
 
 def launched(base, words):
