@@ -125,7 +125,7 @@ def test_adapters_are_short():
 
 def test_adapters_name_what_is_missing(monkeypatch):
     for name, library in (("lightning", "lightning"), ("transformers", "transformers accelerate")):
-        for missing in ("lightning", "pytorch_lightning", "transformers"):
+        for missing in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
             monkeypatch.setitem(sys.modules, missing, None)
         monkeypatch.delitem(sys.modules, f"curriculum.integrations.{name}", raising=False)
         with pytest.raises(ImportError, match=f"pip install {library}$"):
