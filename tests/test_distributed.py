@@ -17,6 +17,8 @@ import trainer
 
 # Mixing and erasing are on. Off is what draws per forward pass or looks at the whole batch: drop path and BatchNorm.
 SETTINGS = {"model_ema": True, "model_ema_decay": 0.9, "clip_grad": 1.0, "micro_batch": 2, "eval_interval": "1 steps"}
+# A key's bias in attention has no gradient but rounding, which AdamW's own epsilon would blow up to whole steps.
+SETTINGS["opt_eps"] = 1e-4
 MODELS = {"convnet": "test_convnext", "transformer": "test_vit"}
 
 

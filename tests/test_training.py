@@ -385,8 +385,11 @@ def test_compiled_model_is_the_same_model(train, monkeypatch, caplog):
 
 @pytest.mark.extended
 def test_compile_with_the_real_compiler(train):
-    compiled = train("compiled", compile=True, epochs=1).state()["model"]
-    usual = train("usual", epochs=1).state()["model"]
+    # Compiled dropout draws other numbers, and AdamW blows up the rounding of gradients that are zero by right, as that
+    # of a bias before a BatchNorm.
+    settings = {"epochs": 1, "model": "tests.tiny_models:plain"}
+    compiled = train("compiled", compile=True, **settings).state()["model"]
+    usual = train("usual", **settings).state()["model"]
     for key, value in usual.items():
         torch.testing.assert_close(compiled[key], value, rtol=1e-3, atol=1e-4)
 
