@@ -113,7 +113,7 @@ def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
     axes.set_title(f"The demo's photographs, base size 64 ({seeds} seed{'s' * (seeds > 1)})")
     axes.set_xlim(0, 1.1)
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="center left", fontsize=8)  # no run has so little compute
     figure.tight_layout()
     figure.savefig(path)
 
