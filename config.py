@@ -20,6 +20,8 @@ Trains vision backbones with the EfficientTrain curricula: early training sees l
   python main.py --recipe recipes/demo.yaml --data_path DIR --output_dir OUT            train (or go on training)
   torchrun --nproc_per_node 8 main.py --recipe ...                 the same on eight devices
   python main.py --recipe ... --eval true --resume OUT/checkpoint-best.pth              evaluate
+  python main.py --predict IMAGES --resume OUT/checkpoint-best.pth                      label images
+  python main.py --suggest true --data_path DIR                    a first recipe for your own images
 """
 
 

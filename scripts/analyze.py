@@ -30,27 +30,29 @@ def parse(argv: list[str]) -> argparse.Namespace:
     common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for figure and numbers")
     of_runs = argparse.ArgumentParser(add_help=False)
     of_runs.add_argument("--data_path", help="where the runs' data lie now (default: where they lay)")
-    of_runs.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    of_runs.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any"
+    )
     of_runs.add_argument("--images", type=int, help="images to use, evenly spaced (default: all; cka and spectra: 512)")
-    of_runs.add_argument("--batch_size", type=int, default=128)
-    of_runs.add_argument("--ema", action="store_true", help="the moving averages of the weights")
+    of_runs.add_argument("--batch_size", type=int, default=128, help="images at a time (default: 128)")
+    of_runs.add_argument("--ema", action="store_true", help="take the moving averages of the weights")
     parser = argparse.ArgumentParser(
         prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("filtered", parents=[common, of_runs], help="ICCV Figures 3 and 4, Table 1")
-    one.add_argument("runs", nargs="+", type=Path, metavar="RUN")
+    one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of main.py")
     one.add_argument(
         "--radii",
         type=lambda text: [float(value) for value in text.split(",")],
         help="bandwidths, cycles per image side (default: 10,20,40,60,80,110, in proportion to 224 pixels)",
     )
     one = commands.add_parser("cka", parents=[common, of_runs], help="ICCV Figure 6")
-    one.add_argument("runs", nargs=2, type=Path, metavar="RUN")
+    one.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="output folders of main.py")
     one.add_argument("--layers", help="regular expression of the modules to compare (default: the blocks)")
     one.add_argument("--checkpoint", default=LAST, help=f"of both runs (default: {LAST})")
     one = commands.add_parser("spectra", parents=[common, of_runs], help="of what the network is shown")
-    one.add_argument("runs", nargs=1, type=Path, metavar="RUN")
+    one.add_argument("runs", nargs=1, type=Path, metavar="RUN", help="output folder of main.py")
     one = commands.add_parser("proposition1", parents=[common], help="ICCV Proposition 1")
     one.add_argument("--base_size", type=int, default=224)
     one.add_argument("--sizes", type=lambda text: [int(value) for value in text.split(",")], default=[96, 160])

@@ -45,9 +45,12 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The search's own arguments, and main.py's."""
     common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="ledger, trials and recipes")
-    common.add_argument("--seeds", type=int, default=1, help="repetitions of every trial, against noise")
+    common.add_argument("--seeds", type=int, default=1, help="repetitions of every trial, against noise (default: 1)")
     common.add_argument(
-        "--tolerance", type=float, default=0.1, help="differences of accuracy up to this count as none, per cent"
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="differences of accuracy up to this, in per cent, count as none (default: 0.1)",
     )
     common.add_argument("--parallel", type=int, help="trials at a time (default: the number of GPUs, or 1)")
     common.add_argument("--predict", action="store_true", help="say what the search may cost, and end")
@@ -56,15 +59,26 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     commands = parser.add_subparsers(dest="command", required=True)
 
-    greedy = commands.add_parser("greedy", parents=[common], allow_abbrev=False, help="ICCV Algorithm 1")
-    greedy.add_argument("--stages", type=int, default=5, help="N, the number of stages (ICCV Table 16: 3, 4, 5, 10)")
+    shared = {
+        "parents": [common],
+        "allow_abbrev": False,
+        "epilog": "All flags of main.py may follow: --recipe, --lr ...",
+    }
+
+    greedy = commands.add_parser("greedy", **shared, help="ICCV Algorithm 1")
+    greedy.add_argument(
+        "--stages", type=int, default=5, help="N, the number of stages (ICCV Table 16: 3, 4, 5, 10; default: 5)"
+    )
     greedy.add_argument("--baseline", type=float, help="accuracy to keep (default: trained at the base size)")
 
-    constrained = commands.add_parser("constrained", parents=[common], allow_abbrev=False, help="EfficientTrain++")
-    constrained.add_argument("--stages", type=int, default=5, help="N, stages of equal compute")
+    constrained = commands.add_parser("constrained", **shared, help="EfficientTrain++")
+    constrained.add_argument("--stages", type=int, default=5, help="N, stages of equal compute (default: 5)")
     constrained.add_argument("--shares", type=_numbers, help="their shares of the compute instead, e.g. 10,30,30,30")
     constrained.add_argument(
-        "--full_share", type=float, default=30, help="per cent of compute at the end that are full-size unsearched"
+        "--full_share",
+        type=float,
+        default=30,
+        help="per cent of the compute, at the end, that are full-size without a search (default: 30)",
     )
     constrained.add_argument(
         "--tune_epochs",
@@ -72,24 +86,30 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         help="full-size epochs of a candidate's brief tuning (default: 5 %% of --epochs)",
     )
     constrained.add_argument(
-        "--tune_lr", type=float, default=1.0, help="the tuning's learning rate, as a factor on the run's at that moment"
+        "--tune_lr",
+        type=float,
+        default=1.0,
+        help="the tuning's learning rate, as a factor on the run's then (default: 1)",
     )
     constrained.add_argument(
-        "--confirm", type=int, default=1, help="seeds with which the result and the ordinary schedule are trained"
+        "--confirm",
+        type=int,
+        default=1,
+        help="seeds with which the result and the ordinary schedule are trained at the end (default: 1)",
     )
     for one in (greedy, constrained):
         one.add_argument(
             "--sizes", type=_integers, help="candidate input sizes (default: 64,96,128,160,192,224, scaled to the base)"
         )
 
-    magnitude = commands.add_parser("magnitude", parents=[common], allow_abbrev=False, help="RandAugment's schedule")
+    magnitude = commands.add_parser("magnitude", **shared, help="RandAugment's schedule")
     magnitude.add_argument(
         "--magnitudes",
         nargs="+",
         default=["linear:9", "linear:5", "constant:9", "steps:3,9", "none"],
         help="candidates: linear:9 (0 to 9), constant:9, steps:3,9 (equal shares of the clock), none",
     )
-    tune = commands.add_parser("tune", parents=[common], allow_abbrev=False, help="learning rate and batch size")
+    tune = commands.add_parser("tune", **shared, help="learning rate and batch size")
     tune.add_argument("--lrs", type=_numbers, help="learning rates (default: half, once and twice the recipe's)")
     tune.add_argument("--batch_sizes", type=_integers, help="batch sizes (default: the recipe's)")
     return parser.parse_known_args(argv)
