@@ -27,7 +27,7 @@ from identity import check_same_run, identify, parse_parts
 from models import freeze_body, load_weights
 from models.flops import count_flops
 from numerics import NonFinite
-from parts import describe_replay, make_model, make_plan, number_of_classes
+from parts import describe_replay, make_model, make_plan, number_of_classes, size_of_weights
 from predict import predict
 from report import environment, plan_picture
 from resuming import checkpoint_to_resume
@@ -230,13 +230,6 @@ def settle_micro_batch(
     if topology.is_main:
         print(f"--micro_batch auto: groups of {micro_batch}; most images at once by input size: {forward_batch}")
     return {"micro_batch": micro_batch, "forward_batch": forward_batch}
-
-
-def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:
-    """The input size that a checkpoint's weights are for: the one that was trained last."""
-    if state is None:
-        return plan.records[0].input_size
-    return state["input_size"] or plan.locate(max(state["step"] - 1, 0))[0].input_size
 
 
 def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, summary: dict[str, Any]) -> None:

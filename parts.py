@@ -158,6 +158,13 @@ def make_task(config: Config, model: nn.Module) -> Task:
     return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
 
 
+def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:
+    """The input size that a checkpoint's weights are for: the one that was trained last."""
+    if state is None:
+        return plan.records[0].input_size
+    return state["input_size"] or plan.locate(max(state["step"] - 1, 0))[0].input_size
+
+
 def load_state(
     state: dict[str, Any],
     identity: dict[str, Any],

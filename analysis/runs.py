@@ -20,7 +20,7 @@ from datasets import Source, build_source, eval_loader
 from inputs.finish import Finish
 from inputs.transforms import EvalTransform
 from inputs.views import View
-from parts import make_finish, make_model, make_plan, number_of_classes
+from parts import make_finish, make_model, make_plan, number_of_classes, size_of_weights
 
 
 class RunFolder:
@@ -82,8 +82,7 @@ class RunFolder:
         weights = state["model_ema" if average else "model"]
         if weights is None:
             raise ValueError(f"{path} has no moving average; leave --ema out")
-        size = state["input_size"] or self.plan.locate(max(state["step"] - 1, 0))[0].input_size
-        model = make_model(self.config, self.classes, size)
+        model = make_model(self.config, self.classes, size_of_weights(self.plan, state))
         model.load_state_dict(weights)
         set_input_size(model, self.config.input_size)
         return model.eval().to(device), state

@@ -91,23 +91,23 @@ def run_main(site, main_program, monkeypatch):
             return main_program(words)
         if "--plan" in words:
             return main_program([*words, "--model", "tests.tiny_models:convnet", "--drop_path", "0"])
-        reduced = list(REDUCED)
-        if "recipes/mae/" in "".join(words):
-            reduced += ["--model", "test_vit", *(PRETRAINING if "recipes/mae/vit" in "".join(words) else ())]
+        mae = "recipes/mae/" in "".join(words)
+        reduced = [*REDUCED, "--model", "test_vit"] if mae else REDUCED
         for flag, value in pairwise(words):
             if flag == "--recipe" and not Path(value).exists():
                 finished(Path(value).parent)
             if flag in FILE_FLAGS and not Path(value).exists():
-                weights = site / f"made_{len(reduced)}"
-                made = [*reduced, *(PRETRAINING if reduced != REDUCED else ()), "--data_path", "data/imagenet"]
+                weights = site / ("pretrained" if mae else "trained")
+                made = [*reduced, *(PRETRAINING if mae else ()), "--data_path", "data/imagenet"]
                 assert main_program([*made, "--output_dir", str(weights)]) == 0
                 Path(value).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy(weights / "checkpoint-last.pth", value)
         classes = words.index("--num_classes") if "--num_classes" in words else None
         if classes is not None:
             del words[classes : classes + 2]
-        many_stages = ["--epochs", "3"] if "efficienttrain-linear" in words else []
-        return main_program([*words, *reduced, *many_stages])
+        more = PRETRAINING if "recipes/mae/vit" in "".join(words) else []
+        more = ["--epochs", "3"] if "efficienttrain-linear" in words else more  # it has many stages
+        return main_program([*words, *reduced, *more])
 
     call.finished = finished
     return call
