@@ -1,0 +1,1 @@
+"""Detection and segmentation on the bodies that this project trains."""
