@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -109,7 +110,9 @@ class Body(nn.Module):
 
 
 class OnBody(nn.Module):
-    """A body with something on it: what the optimizer's parameter groups ask of a model."""
+    """A body with something on it: what the optimizer's parameter groups ask of a model, and who loads weights."""
+
+    class_names: str  # pattern of the layers that predict classes
 
     def __init__(self, body: Body) -> None:
         super().__init__()
@@ -121,6 +124,10 @@ class OnBody(nn.Module):
     def layer_id(self, name: str) -> int:
         """The layer of a parameter, 0 at the image; what is not the body's model is the last."""
         return self._layer_ids.get(name.removeprefix("body."), max(self._layer_ids.values()))
+
+    def class_layers(self) -> set[str]:
+        """The layers whose outputs are as many as there are classes, or a multiple of it."""
+        return {name for name, _ in self.named_modules() if re.fullmatch(self.class_names, name)}
 
     @cached_property
     def _layer_ids(self) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPH
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import box_iou, clip_boxes_to_image, generalized_box_iou_loss, roi_align
 
-from .boxes import Pooler, best_boxes, with_image
+from .boxes import Pooler, best_boxes
 
 Targets = Sequence[dict[str, Tensor]]
 Detections = list[dict[str, Tensor]]
@@ -117,6 +117,10 @@ class RoIHeads(nn.Module):
         masked = stages if masks else ()
         self.mask_heads = nn.ModuleList(MaskRCNNHeads(channels, [channels] * 4, 1) for _ in masked)
         self.mask_predictors = nn.ModuleList(MaskRCNNPredictor(channels, channels, num_classes) for _ in masked)
+        for part in self.box_heads.modules():
+            if isinstance(part, nn.Linear):
+                nn.init.xavier_uniform_(part.weight)
+                nn.init.zeros_(part.bias)
         self.threshold, self.suppression, self.most = 0.05, 0.5, 100
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -239,7 +243,7 @@ class RoIHeads(nn.Module):
     def detect(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[tuple[int, int]]
     ) -> Detections:
-        """For each image ``boxes`` (K, 4), ``scores``, ``labels`` and ``masks`` (K, 28, 28), probabilities, best first."""
+        """For each image ``boxes`` (K, 4), ``scores``, ``labels`` and ``masks`` (K, 28, 28), best first."""
         boxes, scores = self.candidates(maps, proposals, sizes)
         counts = [len(b) for b in proposals]
         found = []

@@ -1,4 +1,4 @@
-"""Detectors on a body: RetinaNet, Mask R-CNN and Cascade Mask R-CNN, of torchvision's parts as the papers configure them."""
+"""RetinaNet, Mask R-CNN and Cascade Mask R-CNN on a body, of torchvision's parts, as the papers configure them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Detector(OnBody):
         super().__init__(body)
         self.num_classes = num_classes
         self.fpn = FeaturePyramidNetwork(list(body.channels), channels, extra)
-        for name, part in self.fpn.named_modules():
+        for part in self.fpn.modules():
             if isinstance(part, nn.Conv2d):
                 nn.init.xavier_uniform_(part.weight)
 
@@ -52,6 +52,8 @@ class Detector(OnBody):
 
 class TwoStage(Detector):
     """Proposals on P2 to P6, and :class:`RoIHeads` for them from P2 to P5."""
+
+    class_names = r"roi_heads\..*\.(cls_score|bbox_pred|mask_fcn_logits)"
 
     def __init__(self, body: Body, num_classes: int, channels: int, rpn: RegionProposalNetwork, heads: RoIHeads):
         super().__init__(body, num_classes, channels, LastLevelMaxPool())
@@ -110,6 +112,8 @@ class TwoConvolutions(ExtraFPNBlock):
 
 class RetinaNet(Detector):
     """One stage on P3 to P7 (Lin et al. 2017): focal loss, and L1 on deltas, each over the batch's positives."""
+
+    class_names = r"head\.classification_head\.cls_logits"
 
     def __init__(self, body: Body, num_classes: int, channels: int) -> None:
         super().__init__(body, num_classes, channels, TwoConvolutions(body.channels[-1], channels))

@@ -58,6 +58,8 @@ class UperNet(OnBody):
         dropout: of whole channels, before each classifier.
     """
 
+    class_names = r"(auxiliary_)?classifier\.1"
+
     def __init__(
         self,
         body: Body,
