@@ -1,4 +1,4 @@
-"""The modules of mmdetection's and mmsegmentation's models, only as far as they give names and shapes to a state dict."""
+"""The modules of mmdetection's and mmsegmentation's models, as far as they give a state dict its names and shapes."""
 
 from __future__ import annotations
 
@@ -110,12 +110,12 @@ def neck(channels, width: int, extra: int = 0) -> nn.Module:
 
 def two_stage(backbone: nn.Module, channels, classes: int, cascade: bool) -> nn.Module:
     width = 256
-    rpn = tree(
-        rpn_conv=nn.Conv2d(width, width, 3), rpn_cls=nn.Conv2d(width, 3, 1), rpn_reg=nn.Conv2d(width, 12, 1)
-    )
+    rpn = tree(rpn_conv=nn.Conv2d(width, width, 3), rpn_cls=nn.Conv2d(width, 3, 1), rpn_reg=nn.Conv2d(width, 12, 1))
 
     def box_head() -> nn.Module:
-        convs, inside = ([conv_module(width, width, 3, norm=True) for _ in range(4)], 49 * width) if cascade else ([], 0)
+        convs, inside = (
+            ([conv_module(width, width, 3, norm=True) for _ in range(4)], 49 * width) if cascade else ([], 0)
+        )
         shared = [nn.Linear(inside or 49 * width, 1024)] + ([] if cascade else [nn.Linear(1024, 1024)])
         return tree(
             fc_cls=nn.Linear(1024, classes + 1),

@@ -124,6 +124,6 @@ def test_what_does_not_fit_is_refused_and_named(small, tmp_path):
     torch.save({"model": state}, tmp_path / "w.pth")
     model = fresh()
     before = model.body.model.conv1.weight.clone()
-    with pytest.raises(ValueError, match="rpn.head.cls_logits.bias missing"):
+    with pytest.raises(ValueError, match=r"rpn\.head\.cls_logits\.bias missing"):
         load_dense(model, tmp_path / "w.pth")
     assert torch.equal(model.body.model.conv1.weight, before)
