@@ -160,7 +160,8 @@ def make_body(
     Raises:
         ValueError: no such model, or it has no maps at these strides.
     """
-    size = input_size or (timm.get_pretrained_cfg_value(ALIASES.get(name, name), "input_size") or (3, 224, 224))[-1]
+    config = timm.get_pretrained_cfg(ALIASES.get(name, name))
+    size = input_size or (config.input_size[-1] if config else 224)
     with torch.device("meta"), Skeleton():
         kind = type(create_model(name, 1, size, **options))
     more: dict[str, Any] = {"dynamic_img_size": True, "dynamic_img_pad": True} if kind is VisionTransformer else {}
