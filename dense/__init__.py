@@ -1,1 +1,1 @@
-"""Detection and segmentation on the bodies that this project trains."""
+"""Detection and segmentation: data sets, transforms, scores and drawings; bodies, heads and detectors."""
