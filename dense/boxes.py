@@ -71,10 +71,14 @@ class Pooler(nn.Module):
         levels = (sides / self.finest + 1e-6).log2().floor().clamp(0, len(self.strides) - 1)
         pooled = rois.new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
         for level, (x, stride) in enumerate(zip(maps, self.strides)):
-            # Every box on every level would be simpler to trace and four times the work.
-            here = (levels == level).nonzero()[:, 0]
-            part = roi_align(x.float(), rois[here], self.size, 1 / stride, self.samples, self.aligned)
-            pooled = pooled.index_copy(0, here, part)
+            chosen = levels == level
+            if torch.compiler.is_exporting():  # every box on every level: four times the work, but of fixed shapes
+                part = roi_align(x.float(), rois, self.size, 1 / stride, self.samples, self.aligned)
+                pooled = torch.where(chosen[:, None, None, None], part, pooled)
+            else:
+                here = chosen.nonzero()[:, 0]
+                part = roi_align(x.float(), rois[here], self.size, 1 / stride, self.samples, self.aligned)
+                pooled = pooled.index_copy(0, here, part)
         return pooled
 
 

@@ -130,7 +130,7 @@ class RetinaNet(Detector):
         counts = [len(level) for level in anchors]
         found = []
         for one, moves, (height, width) in zip(logits.sigmoid(), deltas, sizes.tolist()):
-            parts = [self._best(*level) for level in zip(one.split(counts), moves.split(counts), anchors)]
+            parts = [self.best_of_level(*level) for level in zip(one.split(counts), moves.split(counts), anchors)]
             boxes, scores = (torch.cat(part) for part in zip(*parts))
             kept = best_boxes(boxes, scores, (height, width), self.threshold, self.suppression, self.most)
             found.append(dict(zip(("boxes", "scores", "labels"), kept)))
@@ -142,7 +142,7 @@ class RetinaNet(Detector):
         found = self.head(maps)
         return found["cls_logits"].float(), found["bbox_regression"].float(), self.anchors.levels(maps)
 
-    def _best(self, scores: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    def best_of_level(self, scores: Tensor, deltas: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
         """A level's anchors of the best scores: boxes (K, 4) and scores (K, C)."""
         rows = scores.amax(1).topk(min(self.per_level, len(scores))).indices
         return self.coder.decode_single(deltas[rows], anchors[rows]), scores[rows]

@@ -35,14 +35,14 @@ class UperHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         last = maps[-1]
-        pooled = [_resize(pool(last), last.shape[-2:]) for pool in self.pools]
+        pooled = [resize(pool(last), last.shape[-2:]) for pool in self.pools]
         levels = [lateral(x) for lateral, x in zip(self.laterals, maps)] + [
             self.bottleneck(torch.cat([last, *pooled], 1))
         ]
         for place in range(len(levels) - 1, 0, -1):
-            levels[place - 1] = levels[place - 1] + _resize(levels[place], levels[place - 1].shape[-2:])
+            levels[place - 1] = levels[place - 1] + resize(levels[place], levels[place - 1].shape[-2:])
         levels = [smooth(x) for smooth, x in zip(self.smooth, levels)] + levels[-1:]
-        return self.fuse(torch.cat([_resize(x, levels[0].shape[-2:]) for x in levels], 1))
+        return self.fuse(torch.cat([resize(x, levels[0].shape[-2:]) for x in levels], 1))
 
 
 class UperNet(OnBody):
@@ -139,14 +139,14 @@ def segment(
             scaled = image if scale == 1 else F.interpolate(image, side, mode="bilinear", antialias=scale < 1)
             for mirrored in (False, True)[: 1 + flip]:
                 logits = model(scaled.flip(-1) if mirrored else scaled).float()
-                logits = _resize(_resize(logits, scaled.shape[-2:]), out)
+                logits = resize(resize(logits, scaled.shape[-2:]), out)
                 total = total + (logits.flip(-1) if mirrored else logits).softmax(1)[0]
         found.append(total / (len(scales) * (1 + flip)))
     return found
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = _resize(logits.float(), targets.shape[-2:])
+    logits = resize(logits.float(), targets.shape[-2:])
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
@@ -161,5 +161,5 @@ def _classifier(width: int, num_classes: int, dropout: float) -> nn.Module:
     return nn.Sequential(nn.Dropout2d(dropout), layer)
 
 
-def _resize(x: Tensor, size: Sequence[int]) -> Tensor:
+def resize(x: Tensor, size: Sequence[int]) -> Tensor:
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
