@@ -10,7 +10,7 @@ from functools import cached_property
 
 from curriculum.durations import parse_duration
 from curriculum.presets import Curriculum, resolve
-from curriculum.records import Epoch, Stage, make_records, make_stages
+from curriculum.records import Pass, Stage, make_records, make_stages
 
 SCHEDULES = ("cosine", "steps", "poly")
 STEP_FACTOR = 0.1  # of the learning rate, at each of lr_steps
@@ -18,7 +18,7 @@ STEP_FACTOR = 0.1  # of the learning rate, at each of lr_steps
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Epoch` records in order."""
+    """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Pass` records in order."""
 
     curriculum: Curriculum
     epochs: float
@@ -34,9 +34,9 @@ class Plan:
     schedule: str
     lr_steps: tuple[str | float, ...]
     stages: tuple[Stage, ...]
-    records: tuple[Epoch, ...]
+    records: tuple[Pass, ...]
 
-    def __iter__(self) -> Iterator[Epoch]:
+    def __iter__(self) -> Iterator[Pass]:
         return iter(self.records)
 
     def __len__(self) -> int:
@@ -50,6 +50,10 @@ class Plan:
     def operator(self) -> str:
         return self.curriculum.operator
 
+    def loaded_size(self, size: int) -> int:
+        """Pixels a side at which images are loaded for input size ``size``: ``fourier`` reduces them on the device."""
+        return self.base_size if self.operator == "fourier" else size
+
     @cached_property
     def total_steps(self) -> int:
         return self.stages[-1].first_step + self.stages[-1].steps
@@ -58,7 +62,7 @@ class Plan:
     def _first_steps(self) -> list[int]:
         return [record.first_step for record in self.records]
 
-    def locate(self, step: int) -> tuple[Epoch, int]:
+    def locate(self, step: int) -> tuple[Pass, int]:
         """The epoch record that optimizer step ``step`` (from 0) belongs to, and its place inside the record."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} is outside the plan's {self.total_steps} steps")
@@ -226,29 +230,29 @@ def build_plan(
     """
     if num_images < batch_size:
         raise ValueError(
-            f"the training set has {num_images} images but --batch_size is {batch_size}: "
+            f"the training set has {num_images} images but `batch_size` is {batch_size}: "
             f"lower it to at most {num_images}"
         )
     epochs = _in_epochs(epochs, num_images // batch_size if batch_size > 0 else 1)
     for name, value, low, high in (
         ("epochs", epochs, 0, math.inf),
         ("batch_size", batch_size, 0, math.inf),
-        ("input_size", base_size, 0, math.inf),
+        ("base_size", base_size, 0, math.inf),
         ("lr", lr, 0, math.inf),
     ):
         if not low < value < high:
-            raise ValueError(f"--{name} is {value}; it must be a positive number")
+            raise ValueError(f"`{name}` is {value}; it must be a positive number")
     if not 0 <= max_magnitude <= 10:
-        raise ValueError(f"--max_magnitude is {max_magnitude}; RandAugment's range is 0 to 10")
+        raise ValueError(f"`max_magnitude` is {max_magnitude}; RandAugment's range is 0 to 10")
     if lr_rule not in ("sqrt", "linear"):
-        raise ValueError(f"--lr_rule is {lr_rule!r}; choose sqrt or linear")
+        raise ValueError(f"`lr_rule` is {lr_rule!r}; choose sqrt or linear")
     if schedule not in SCHEDULES:
-        raise ValueError(f"--schedule is {schedule!r}; choose {', '.join(SCHEDULES)}")
+        raise ValueError(f"`schedule` is {schedule!r}; choose {', '.join(SCHEDULES)}")
     if (schedule == "steps") != bool(lr_steps):
         raise ValueError(
-            "--schedule steps needs --lr_steps, e.g. 8 11"
+            "`schedule` steps needs `lr_steps`, e.g. 8 11"
             if schedule == "steps"
-            else f"--lr_steps is for --schedule steps, but the schedule is {schedule}"
+            else f"`lr_steps` is for the schedule steps, but `schedule` is {schedule}"
         )
 
     chosen = resolve(curriculum, base_size, size_multiple)
@@ -256,7 +260,7 @@ def build_plan(
     chosen = Curriculum(**{**vars(chosen), **changes})  # checks the overrides as it checks a file
 
     if any(factor < 1 for factor in replay):
-        raise ValueError(f"--replay is {list(replay)}; each stage's factor is a whole number from 1")
+        raise ValueError(f"`replay` is {list(replay)}; each stage's factor is a whole number from 1")
     stages = make_stages(chosen, epochs, num_images, batch_size, early_large_batch, replay)
     plan = Plan(
         curriculum=chosen,
@@ -276,11 +280,11 @@ def build_plan(
         records=make_records(stages, chosen, max_magnitude),
     )
     if plan.warmup_progress >= 1:
-        raise ValueError(f"--warmup_epochs {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
+        raise ValueError(f"`warmup` {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
     drops = plan._drops
     if any(not 0 < drop < plan.total_steps for drop in drops) or drops != sorted(set(drops)):
         raise ValueError(
-            f"--lr_steps {' '.join(map(str, lr_steps))}: they must rise, within the run of {epochs:g} epochs"
+            f"`lr_steps` {' '.join(map(str, lr_steps))}: they must rise, within the run of {epochs:g} epochs"
         )
     return plan
 
@@ -289,5 +293,5 @@ def _in_epochs(epochs: float | str, steps_per_epoch: int) -> float:
     """The budget in epochs, of a number of epochs or ``N steps``."""
     value, unit = parse_duration(epochs) if isinstance(epochs, str) else (epochs, "epochs")
     if unit not in ("epochs", "steps"):
-        raise ValueError(f"--epochs is {epochs!r}; write a number of epochs, or e.g. 160000 steps")
+        raise ValueError(f"`epochs` is {epochs!r}; write a number of epochs, or e.g. 160000 steps")
     return value / steps_per_epoch if unit == "steps" else value

@@ -355,22 +355,22 @@ def test_plan_is_immutable_and_pure():
 
 
 WRONG = [
-    ({"epochs": 0.01}, "--epochs 0.01 is too short.*96"),
-    ({"epochs": 0}, "--epochs is 0"),
-    ({"epochs": -3}, "--epochs is -3"),
-    ({"epochs": math.nan}, "--epochs is nan"),
-    ({"epochs": math.inf}, "--epochs is inf"),
-    ({"batch_size": 2000}, "1000 images but --batch_size is 2000"),
-    ({"batch_size": 0}, "--batch_size is 0"),
-    ({"base_size": 0}, "--input_size is 0"),
-    ({"lr": -1.0}, "--lr is -1"),
-    ({"max_magnitude": 11}, "--max_magnitude is 11"),
-    ({"lr_rule": "cube"}, "--lr_rule is 'cube'"),
+    ({"epochs": 0.01}, "`epochs` 0.01 is too short.*96"),
+    ({"epochs": 0}, "`epochs` is 0"),
+    ({"epochs": -3}, "`epochs` is -3"),
+    ({"epochs": math.nan}, "`epochs` is nan"),
+    ({"epochs": math.inf}, "`epochs` is inf"),
+    ({"batch_size": 2000}, "1000 images but `batch_size` is 2000"),
+    ({"batch_size": 0}, "`batch_size` is 0"),
+    ({"base_size": 0}, "`base_size` is 0"),
+    ({"lr": -1.0}, "`lr` is -1"),
+    ({"max_magnitude": 11}, "`max_magnitude` is 11"),
+    ({"lr_rule": "cube"}, "`lr_rule` is 'cube'"),
     ({"warmup": "10 parsecs"}, "10 parsecs"),
-    ({"warmup": "100%"}, "--warmup_epochs 100%"),
-    ({"warmup": 10}, "--warmup_epochs 10 is not shorter"),
-    ({"warmup": "99999 steps"}, "--warmup_epochs 99999 steps"),
-    ({"warmup": "9999 passes"}, "--warmup_epochs 9999 passes"),
+    ({"warmup": "100%"}, "`warmup` 100%"),
+    ({"warmup": 10}, "`warmup` 10 is not shorter"),
+    ({"warmup": "99999 steps"}, "`warmup` 99999 steps"),
+    ({"warmup": "9999 passes"}, "`warmup` 9999 passes"),
     ({"operator": "wavelet"}, "operator is 'wavelet'.*lanczos"),
     ({"magnitude": "loud"}, "magnitude is 'loud'.*steps"),
     ({"curriculum": "efficienttrian"}, "'efficienttrian' is unknown.*efficienttrain[+][+]"),
@@ -484,7 +484,7 @@ def test_budgets_in_steps_are_met_to_the_step():
     for steps in (80000, 160000):
         assert dense_plan(epochs=f"{steps} steps", num_images=20210).total_steps == steps
     assert dense_plan(epochs=12).total_steps == 12 * (117266 // 16)
-    with pytest.raises(ValueError, match=r"--epochs is '20%'; write a number of epochs, or e\.g\. 160000 steps"):
+    with pytest.raises(ValueError, match=r"`epochs` is '20%'; write a number of epochs, or e\.g\. 160000 steps"):
         dense_plan(epochs="20%")
 
 
@@ -508,11 +508,11 @@ def test_poly_schedule_is_mmsegmentations_with_warmup_as_a_factor():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"schedule": "exp"}, "--schedule is 'exp'; choose cosine, steps, poly"),
-        ({"schedule": "steps"}, "--schedule steps needs --lr_steps"),
-        ({"lr_steps": (8,)}, "--lr_steps is for --schedule steps"),
-        ({"schedule": "steps", "lr_steps": (8, 13)}, "--lr_steps 8 13: they must rise, within the run of 12 epochs"),
-        ({"schedule": "steps", "lr_steps": (11, 8)}, "--lr_steps 11 8: they must rise"),
+        ({"schedule": "exp"}, "`schedule` is 'exp'; choose cosine, steps, poly"),
+        ({"schedule": "steps"}, "`schedule` steps needs `lr_steps`"),
+        ({"lr_steps": (8,)}, "`lr_steps` is for the schedule steps"),
+        ({"schedule": "steps", "lr_steps": (8, 13)}, "`lr_steps` 8 13: they must rise, within the run of 12 epochs"),
+        ({"schedule": "steps", "lr_steps": (11, 8)}, "`lr_steps` 11 8: they must rise"),
     ],
 )
 def test_schedules_that_make_no_sense_are_refused(options, message):
