@@ -14,13 +14,18 @@ class BadAnnotation(ValueError):
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons or an RLE, compressed or not -> compressed RLE, as the COCO libraries make it of them."""
+    """Polygons or an RLE, compressed or not -> compressed RLE, as the COCO libraries make it; plain types alone."""
     library = mask_library()
     if isinstance(segmentation, list):
-        return library.merge(library.fr_py_objects(segmentation, height, width))
+        return plain_rle(library.merge(library.fr_py_objects(segmentation, height, width)))
     if isinstance(segmentation["counts"], list):
-        return library.fr_py_objects(segmentation, height, width)
+        return plain_rle(library.fr_py_objects(segmentation, height, width))
     return segmentation
+
+
+def plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """An RLE of the COCO libraries, its bytes as text for json."""
+    return {"size": list(rle["size"]), "counts": bytes(rle["counts"]).decode()}
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int] | None) -> None:
