@@ -45,9 +45,7 @@ def test_boxes_masks_and_label_maps_say_the_same(built):
                 mask = known.annToMask(record).astype(bool)
                 x, y, w, h = record["bbox"]
                 around = pycoco.toBbox(known.annToRLE(record))
-                assert (
-                    np.abs(around - [x, y, w, h]).max() <= 2 and abs(mask.sum() - record["area"]) < 0.1 * mask.sum()
-                )
+                assert np.abs(around - [x, y, w, h]).max() <= 2 and abs(mask.sum() - record["area"]) < 0.1 * mask.sum()
                 expected[mask] = record["category_id"] + 1
                 covered += isinstance(record["segmentation"], dict)
             assert (expected != labels).mean() < 0.02
