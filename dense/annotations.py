@@ -6,21 +6,24 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 
 class BadAnnotation(ValueError):
     """Why one annotation cannot be used."""
 
 
 def to_rle(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Polygons or an RLE, compressed or not -> compressed RLE, as the COCO libraries make it of them."""
+    """Polygons or an RLE, compressed or not -> compressed RLE, as the COCO libraries make it; plain types alone."""
     library = mask_library()
     if isinstance(segmentation, list):
-        return library.merge(library.fr_py_objects(segmentation, height, width))
+        return plain_rle(library.merge(library.fr_py_objects(segmentation, height, width)))
     if isinstance(segmentation["counts"], list):
-        return library.fr_py_objects(segmentation, height, width)
+        return plain_rle(library.fr_py_objects(segmentation, height, width))
     return segmentation
+
+
+def plain_rle(rle: dict[str, Any]) -> dict[str, Any]:
+    """An RLE of the COCO libraries, its bytes as text for json."""
+    return {"size": list(rle["size"]), "counts": bytes(rle["counts"]).decode()}
 
 
 def check_segmentation(segmentation: Any, size: tuple[int, int] | None) -> None:
@@ -31,8 +34,7 @@ def check_segmentation(segmentation: Any, size: tuple[int, int] | None) -> None:
                 raise BadAnnotation(
                     f"a polygon needs three points or more, as x, y, x, y, ...; one is {short(polygon)}"
                 )
-            points = np.array(polygon, dtype=np.float64)
-            if points.ndim != 1 or not np.isfinite(points).all() or np.abs(points).max() > 1e6:
+            if not all(isinstance(value, int | float) and abs(value) <= 1e6 for value in polygon):  # nor nan
                 raise BadAnnotation(f"a polygon's coordinates are not pixels: {short(polygon)}")
         return
     if not isinstance(segmentation, dict) or "size" not in segmentation or "counts" not in segmentation:

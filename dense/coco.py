@@ -83,7 +83,8 @@ class CocoScenes:
             boxes = np.bincount(self._image, minlength=len(self.ids))
             self._keep(boxes > 0 if not keep_empty else np.ones(len(self.ids), bool))
         if not self.ids:
-            raise ValueError(f"{self.where}: no image has a box to train on")
+            faults = f" ({len(self.faults)} cannot be used, the first: {self.faults[0]})" if self.faults else ""
+            raise ValueError(f"{self.where}: no image has a box to train on{faults}")
         # Objects by image: those of image i are first[i] to first[i + 1].
         order = np.argsort(self._image, kind="stable")
         self._reorder(order)
@@ -231,7 +232,7 @@ class CocoScenes:
             if self.masks:
                 segments += json.dumps(segmentation).encode()
             ends.append(len(segments))
-        if bare and bare == len(records):
+        if bare and not images:
             raise ValueError(
                 f"{self.where} has boxes without segmentations, but the detector needs masks: choose --head retinanet"
             )
