@@ -20,11 +20,11 @@ from commands.plan import make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, to_yaml
-from config.checks import check_settings, parse_parts
+from config.checks import DENSE_TASKS, check_settings, parse_parts
 from config.command_line import given, parse_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
-from datasets import build_source
+from dense.weights import load_dense
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
 from training.build import (
@@ -34,6 +34,7 @@ from training.build import (
     make_sampler,
     make_training,
     number_of_classes,
+    open_sources,
     place,
 )
 from training.identity import check_same_run, identify
@@ -97,7 +98,7 @@ def prepare(config: Config, topology: Topology) -> Session | None:
         return None
 
     # The data and the plan
-    sources = build_source(config, train=True), build_source(config, train=False)
+    sources = open_sources(config)
     classes = number_of_classes(config, sources[0])
     plan = make_plan(config, len(sources[0]), classes)
 
@@ -135,7 +136,10 @@ def prepare(config: Config, topology: Topology) -> Session | None:
 def finetune(config: Config, model: nn.Module, topology: Topology) -> None:
     """Loads the weights of --finetune, and says what fitted."""
     checkpoints.verify_own(config.finetune)
-    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
+    if config.task in DENSE_TASKS:
+        report = load_dense(model, config.finetune)
+    else:
+        report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
     if topology.is_main:
         print(report)
 

@@ -12,6 +12,8 @@ from curriculum import parse_duration
 # The parts of a run that --allow_change names.
 PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
 
+DENSE_TASKS = ("detection", "segmentation")
+
 _RANGES = {
     "at least 0": (
         lambda x: x >= 0,
@@ -19,10 +21,10 @@ _RANGES = {
     ),
     "at least 1": (
         lambda x: x >= 1,
-        "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
+        "input_size eval_size crop test_side max_side batch_size num_images num_classes devices val_per_class top_k",
     ),
-    "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
+    "above 0": (lambda x: x > 0, "baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "crop_prob mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
@@ -45,8 +47,12 @@ def check_settings(config: Config) -> None:
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    if isinstance(config.epochs, float | int) and config.epochs <= 0:
+        raise UsageError(f"--epochs is {config.epochs}; it must be above 0")
     if config.task == "mae":
         _check_mae(config)
+    if config.task in DENSE_TASKS:
+        _check_dense(config)
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)
     for name in ("log_interval", "eval_interval"):
@@ -70,6 +76,27 @@ def _check_mae(config: Config) -> None:
                 f"--{name} {str(value).lower() if value is True else value} is for --task supervised: a masked "
                 "autoencoder has no classes, and is fine-tuned or probed by a run of its own (recipes/mae)"
             )
+
+
+def _check_dense(config: Config) -> None:
+    """Raises UsageError for settings that detectors and segmenters have no use for."""
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "smoothing") if getattr(config, name) > 0]
+    if config.magnitude != "none":
+        unwanted.append("--magnitude none")
+    if unwanted:
+        raise UsageError(
+            f"--task {config.task} has augmentation of its own: set {' '.join(unwanted)} (recipes in recipes/dense do)"
+        )
+    fitting = ("retinanet", "mask_rcnn", "cascade") if config.task == "detection" else ("upernet",)
+    if config.head is not None and config.head not in fitting:
+        raise UsageError(f"--head {config.head} does not fit --task {config.task}: choose {' or '.join(fitting)}")
+    for name in ("linear_probe", "doctor", "eval_size", "replay"):
+        if value := getattr(config, name):
+            raise UsageError(f"--{name} {str(value).lower()} is for classifiers, not for --task {config.task}")
+    if config.micro_batch == "auto":
+        raise UsageError(f"--micro_batch auto does not know --task {config.task}: give the images of a device")
+    if config.train_sides is not None and (not config.train_sides or min(config.train_sides) < 1):
+        raise UsageError(f"--train_sides is {config.train_sides}; it needs short sides of images in pixels")
 
 
 def parse_interval(text: str | float) -> float | None:

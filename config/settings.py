@@ -75,7 +75,8 @@ class DataConfig:
 
     data_set: str = "folder"
     """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
-    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. For --task detection coco (a COCO
+    json) or voc, for segmentation ade20k or masks (a folder of label maps)."""
     data_path: str | None = None
     """Where the data set lies."""
     train_split: str = "train"
@@ -114,8 +115,9 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    task: Literal["supervised", "mae"] = "supervised"
-    """What is learnt: classes, or (mae) to fill in what is masked of an image, for fine-tuning later."""
+    task: Literal["supervised", "mae", "detection", "segmentation"] = "supervised"
+    """What is learnt: classes; (mae) to fill in what is masked of an image, for fine-tuning later; boxes and masks of
+    objects; a class for every pixel."""
     model: str = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
     input_size: int = 224
@@ -152,9 +154,10 @@ class CurriculumConfig:
 
     curriculum: str | dict[str, Any] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
-    efficienttrain++-experimental, progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
-    epochs: float = 200
-    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
+    efficienttrain++-experimental, dense-experimental, progressive, a YAML file, or a mapping of the same form
+    (docs/method.md)."""
+    epochs: float | str = 200
+    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++; or "160000 steps"."""
     warmup_epochs: float | str = "5%"
     """Duration of the linear warm-up: 3.7 (epochs of the plan's clock), 20 passes, 20% or 500 steps."""
     magnitude: Literal["linear", "steps", "constant", "none"] | None = None
@@ -188,7 +191,11 @@ class OptimConfig:
     lr: float = 4e-3
     """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
     min_lr: float = 1e-6
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of a cosine or polynomial schedule."""
+    schedule: Literal["cosine", "steps", "poly"] = "cosine"
+    """Learning rate after warm-up: a cosine, a tenth after each of --lr_steps, or linear to --min_lr (poly)."""
+    lr_steps: list[float | str] | None = None
+    """--schedule steps: durations after which the learning rate falls, e.g. [8, 11] (epochs of the plan's clock)."""
     weight_decay: float = 0.05
     """Weight decay of matrices; biases, norms and what the model names have none."""
     weight_decay_end: float | None = None
@@ -227,9 +234,33 @@ class AugmentConfig:
     """Probability of a horizontal flip."""
 
 
-GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
+@dataclass(kw_only=True)
+class DenseConfig:
+    """detection and segmentation"""
+
+    head: Literal["retinanet", "mask_rcnn", "cascade", "upernet"] | None = None
+    """What stands on the body; default: mask_rcnn for --task detection, upernet for segmentation."""
+    head_args: dict[str, Any] | None = None
+    """More settings of the head, e.g. {channels: 64, width: 256}; {masks: false} for boxes alone."""
+    train_sides: list[int] | None = None
+    """Detection: short sides of training images, one drawn for each; default: 480, 512, ..., 800."""
+    max_side: int | None = None
+    """Longest side of training and test images; default: 1333 in detection, 2048 in segmentation."""
+    test_side: int | None = None
+    """Short side of test images; default: 800 in detection, 512 in segmentation."""
+    crop: int = 512
+    """Segmentation: side of the square that is cut out of a training image."""
+    crop_prob: float = 0.5
+    """Detection: share of training images of which a part is cut out before they are resized."""
+    scales_test: list[float] | None = None
+    """--eval of segmentation: mean over the image at these sizes, e.g. [0.5, 0.75, 1, 1.25, 1.5, 1.75]."""
+    flip_test: bool = False
+    """--eval of segmentation: mean over the image and its mirror image."""
+
+
+GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig, DenseConfig)
 
 
 @dataclass(kw_only=True)
-class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
+class Config(DenseConfig, AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
     """All settings of a run (a dataclass lists the fields of its last base first)."""

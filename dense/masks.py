@@ -63,6 +63,10 @@ class LabelMaps:
     def label(self, i: int) -> int:
         return 0  # what a scene shows is in its target
 
+    def labels(self) -> np.ndarray:
+        """All 0, as :meth:`label`."""
+        return np.zeros(len(self), np.int64)
+
     def missing(self) -> list[str]:
         """Names of the images and labels that are not there."""
         return [

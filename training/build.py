@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 from config import Config, UsageError, as_usage, load_curriculum
+from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
-from datasets import Source, TrainSet, training_batches
+from curriculum.skeleton import Skeleton
+from datasets import Source, TrainSet, build_source, eval_loader, training_batches
+from dense.build import make_dense
+from dense.scenes import TrainScenes, open_scenes
+from dense.tasks import Detection, SceneFinish, Segmentation
+from dense.tasks import eval_loader as dense_eval_loader
+from dense.tasks import training_batches as dense_batches
+from dense.transforms import SIDES, DetectionTest, DetectionTrain, SegmentationTest, SegmentationTrain
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import Finish
 from inputs.replay import replay_capacity
-from inputs.transforms import TrainTransform
+from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
 from training.numerics import NEVER, LossMeter, max_skipped
 from training.tasks import Classification, Reconstruction
+from utils import Topology
 
 
 def make_plan(config: Config, num_images: int, classes: int) -> Plan:
     """The plan of a run, every size of which the model was seen to take."""
     with as_usage():
-        with torch.device("meta"):
+        with torch.device("meta"), Skeleton() if config.task in DENSE_TASKS else nullcontext():
             probe = make_model(config, classes, config.input_size)
         plan = build_plan(
             load_curriculum(config.curriculum),
             epochs=config.epochs,
             num_images=num_images,
             batch_size=config.batch_size,
-            base_size=config.input_size,
+            base_size=base_size(config),
             size_multiple=probe.size_multiple,
             lr=config.lr,
             min_lr=config.min_lr,
@@ -46,6 +57,8 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
             operator=config.operator,
             early_large_batch=config.early_large_batch,
             lr_rule=config.lr_rule,
+            schedule=config.schedule,
+            lr_steps=config.lr_steps or (),
             replay=config.replay or (),
         )
         check_input_sizes(
@@ -56,10 +69,56 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
 
 def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
     options = config.model_args or {}
+    if config.task in DENSE_TASKS:
+        with as_usage():
+            model = make_dense(head_of(config), config.model, classes, config.drop_path, options, config.head_args)
+        model.input_size, model.num_classes = input_size, classes
+        return model
     if config.task == "mae":
         options = {"target": config.mae_target, "mask_ratio": config.mask_ratio, "decoder": config.decoder, **options}
         return create_mae(config.model, input_size, config.drop_path, **options)
     return create_model(config.model, classes, input_size, config.drop_path, **options)
+
+
+def head_of(config: Config) -> str:
+    """What stands on the body of a detector or segmenter."""
+    return config.head or ("mask_rcnn" if config.task == "detection" else "upernet")
+
+
+def has_masks(config: Config) -> bool:
+    """Whether a detector predicts masks, and so needs them."""
+    return head_of(config) in ("mask_rcnn", "cascade") and (config.head_args or {}).get("masks", True)
+
+
+def base_size(config: Config) -> int:
+    """The plan's full size: of a detector the short side of test images, of a segmenter the crop."""
+    if config.task == "detection":
+        return test_sides(config)[0]
+    return config.crop if config.task == "segmentation" else config.input_size
+
+
+def test_sides(config: Config) -> tuple[int, int]:
+    """Short side and longest side of a detector's or segmenter's test images."""
+    side, longest = (800, 1333) if config.task == "detection" else (512, 2048)
+    return config.test_side or side, config.max_side or longest
+
+
+def open_sources(config: Config) -> tuple[Source, Source]:
+    """The training and the validation set that the settings name. Raises UsageError."""
+    if config.task not in DENSE_TASKS:
+        return build_source(config, train=True), build_source(config, train=False)
+    train = open_dense(config, True)
+    return train, open_dense(config, False, train.classes)
+
+
+def open_dense(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
+    """One split of a data set of boxes or label maps. Raises UsageError."""
+    if config.data_path is None:
+        raise UsageError("--data_path is not set: name the folder that holds the data set")
+    split = config.train_split if train else config.val_split
+    options = {"masks": has_masks(config), "classes": classes, "max_bad": config.max_bad, "folder": config.output_dir}
+    with as_usage():
+        return open_scenes(config.task, config.data_set, config.data_path, split, train=train, **options)
 
 
 def number_of_classes(config: Config, source: Source) -> int:
@@ -107,9 +166,34 @@ def make_batches(
     config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
+    if config.task in DENSE_TASKS:
+        scenes = TrainScenes(source, make_scene_transform(config, plan), BadFiles(config.max_bad, config.output_dir))
+        return dense_batches(scenes, sampler, config.num_workers, device.type == "cuda")
     on_device = DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
     data = make_train_set(config, plan, source)
     return training_batches(data, sampler, device, config.num_workers, on_device, config.replay_memory * 1e9)
+
+
+def make_scene_transform(config: Config, plan: Plan) -> DetectionTrain | SegmentationTrain:
+    """What becomes of a training image of a detector or segmenter, and of its boxes, masks or labels."""
+    side, longest = test_sides(config)
+    with as_usage():
+        if config.task == "detection":
+            sides = config.train_sides or SIDES
+            return DetectionTrain(plan.base_size, sides, longest, config.hflip, config.crop_prob)
+        return SegmentationTrain(plan.base_size, config.crop, side, longest, flip=config.hflip)
+
+
+def make_eval_loader(
+    config: Config, plan: Plan, source: Source, size: int, batch: int, topology: Topology
+) -> DataLoader:
+    """This process's share of an evaluation at input size ``size``."""
+    share = topology.rank, topology.world_size, config.num_workers, topology.device.type == "cuda"
+    if config.task in DENSE_TASKS:
+        transform = DetectionTest if config.task == "detection" else SegmentationTest
+        return dense_eval_loader(source, transform(*test_sides(config)), *share)
+    transform = EvalTransform(config.eval_size or plan.base_size, size, plan.operator, config.crop_pct)
+    return eval_loader(source, transform, batch, *share)
 
 
 def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
@@ -156,6 +240,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
+    if config.task in DENSE_TASKS:
+        return SceneFinish(config.channels_last)
     return Finish(
         num_classes=num_classes,
         operator=operator,
@@ -172,6 +258,10 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
 
 def make_task(config: Config, model: nn.Module) -> Task:
     """What the run learns."""
+    if config.task == "detection":
+        return Detection(has_masks(config))
+    if config.task == "segmentation":
+        return Segmentation()
     return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
 
 

@@ -14,7 +14,12 @@ from curriculum import Plan, Segment
 from datasets import Source
 
 OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "layer_decay")  # what its saved state holds or rests on
-MAE = ("task", "mae_target", "mask_ratio", "decoder")
+DENSE = ("task", "head", "head_args")
+OF_TASK = {
+    "mae": ("task", "mae_target", "mask_ratio", "decoder"),
+    "detection": (*DENSE, "train_sides", "max_side", "crop_prob"),
+    "segmentation": (*DENSE, "max_side", "test_side"),
+}
 SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 
 
@@ -29,7 +34,7 @@ def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[s
         replay=[stage.replay for stage in plan.stages],
     )
     # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
-    task = {key: getattr(config, key) for key in MAE} if config.task == "mae" else {}
+    task = {key: getattr(config, key) for key in OF_TASK.get(config.task, ())}
     return {
         "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **_plain(task)},
         "data": {"images": len(source), "classes": len(source.classes), "fingerprint": fingerprint(source)},

@@ -232,6 +232,8 @@ class Session:
 
     def done(self) -> int:
         if self.topology.is_main:
-            best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
+            key = self.training.task.best
+            name = "top-1" if key == "acc1" else key and key.replace("_", " ")
+            best = f", best {name} {self.best[key]:.2f} %" if self.best.get(key, -1.0) >= 0 else ""
             print(f"done in {duration_text(time.perf_counter() - self.started)}{best}: {self.output}", flush=True)
         return 0

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from curriculum.sampler import derive_seed
+from engine import PerImage
+from inputs.finish import Finish
 
 
 class Classification:
@@ -23,7 +26,7 @@ class Classification:
 
     measured = ("loss", "acc1", "acc5", "prediction")
     metrics = ("loss", "acc1", "acc5")
-    picture = None
+    best = "acc1"
 
     def __init__(self, smoothing: float = 0.0, columns: torch.Tensor | None = None) -> None:
         self.smoothing, self.columns = smoothing, columns
@@ -42,6 +45,12 @@ class Classification:
         top = 100.0 * (best == targets[:, None])
         loss = F.cross_entropy(logits, targets, reduction="none")
         return torch.stack([loss, top[:, 0], top.sum(1), best[:, 0]])
+
+    def begin(self, data: Dataset, device: torch.device) -> PerImage:
+        return PerImage(self.measured, self.measure, self.scores, len(data), device)
+
+    def answers(self, *_: Any) -> None:
+        return None
 
     def scores(self, table: dict[str, torch.Tensor]) -> dict[str, Any]:
         means = {key: table[key].mean().item() for key in self.metrics}
@@ -66,6 +75,7 @@ class Reconstruction:
     """
 
     measured = metrics = ("loss",)
+    best = None
 
     def __init__(self, patch_side: int) -> None:
         self.patch_side = patch_side
@@ -78,6 +88,9 @@ class Reconstruction:
     ) -> torch.Tensor:
         return model(images, self.noise(images, map(derive_seed, indices.tolist())))[None]
 
+    def begin(self, data: Dataset, device: torch.device) -> PerImage:
+        return PerImage(self.measured, self.measure, self.scores, len(data), device)
+
     def scores(self, table: dict[str, torch.Tensor]) -> dict[str, Any]:
         return {"loss": table["loss"].mean().item()}
 
@@ -85,11 +98,12 @@ class Reconstruction:
         average = f"  EMA {result['test_loss_ema']:.4f}" if "test_loss_ema" in result else ""
         return f"reconstruction loss {result['test_loss']:.4f}{average}"
 
-    def picture(
-        self, model: nn.Module, images: torch.Tensor, pixels: Callable[[torch.Tensor], torch.Tensor]
+    def answers(
+        self, model: nn.Module, data: Dataset, places: Sequence[int], finish: Finish, device: torch.device, size: int
     ) -> torch.Tensor:
+        images = finish.evaluate(torch.stack([data[place][0] for place in places]).to(device), size)
         noise = self.noise(images, map(derive_seed, range(len(images))))
-        return model.picture(images, noise, pixels)
+        return model.picture(images, noise, finish.pixels)
 
     def noise(self, images: torch.Tensor, seeds: Iterable[int]) -> torch.Tensor:
         """What decides on the masks, (N, patches), N / len(seeds) images by each seed: the same on any device."""
