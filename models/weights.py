@@ -96,7 +96,7 @@ def load_weights(
             report.dropped.append(name)
         elif target not in own:
             (report.dropped if is_head else unexpected).append(name)
-        elif (fitted := _fit(target, tensor, own[target])) is not None:
+        elif (fitted := fit(target, tensor, own[target])) is not None:
             new[target] = fitted
             if fitted.numel() != tensor.numel():
                 report.resized[target] = tuple(tensor.shape), tuple(fitted.shape)
@@ -148,7 +148,7 @@ def _is_weights(value: Any) -> bool:
     return isinstance(value, Mapping) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
 
 
-def _fit(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:
+def fit(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:
     """The tensor in the shape of the model's own, resampled if it is positional; None if it does not fit."""
     if tensor.shape == own.shape:
         return tensor
