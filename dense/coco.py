@@ -235,8 +235,8 @@ class CocoScenes:
             ends.append(len(segments))
         if bare and not images:
             raise ValueError(
-                f"{self.where} has boxes without segmentations, but the detector needs masks: choose --head retinanet, or "
-                "--head_args {masks: false}"
+                f"{self.where} has boxes without segmentations, but the detector needs masks: choose --head "
+                "retinanet, or --head_args {masks: false}"
             )
         if cut:
             self.notes.append(f"warning: {len(cut)} boxes reach beyond their image and were cut to it: {cut[0]}")
