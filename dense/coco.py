@@ -10,6 +10,7 @@ Where the files of ``--data_path ROOT --train_split NAME`` are looked for, first
 from __future__ import annotations
 
 import json
+import pickle
 from array import array
 from collections.abc import Sequence
 from pathlib import Path
@@ -159,7 +160,7 @@ class CocoScenes:
         return (height, width) if height else None
 
     def _segmentation(self, k: int) -> Any:
-        return json.loads(self._segments[self._spans[k, 0] : self._spans[k, 1]])
+        return pickle.loads(self._segments[self._spans[k, 0] : self._spans[k, 1]])
 
     def _read_images(self, content: Any) -> None:
         self.ids: list[int] = []
@@ -234,11 +235,12 @@ class CocoScenes:
             boxes.extend(xyxy)
             areas.append(read_area(record, box))
             if self.masks:
-                segments += json.dumps(segmentation).encode()
+                segments += pickle.dumps(segmentation, -1)
             ends.append(len(segments))
         if bare and not images:
             raise ValueError(
-                f"{self.where} has boxes without segmentations, but the detector needs masks: choose --head retinanet"
+                f"{self.where} has boxes without segmentations, but the detector needs masks: choose --head "
+                "retinanet, or --head_args {masks: false}"
             )
         if cut:
             self.notes.append(f"warning: {len(cut)} boxes reach beyond their image and were cut to it: {cut[0]}")

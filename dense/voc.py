@@ -31,7 +31,10 @@ def open_voc(
         ValueError: no such files, or masks are wanted.
     """
     if masks:
-        raise ValueError("--data_set voc has boxes alone, but the detector needs masks: choose --head retinanet")
+        raise ValueError(
+            "--data_set voc has boxes alone, but the detector needs masks: choose --head retinanet, or --head_args "
+            "{masks: false}"
+        )
     root = Path(root)
     pairs = [pair for part in split.split("+") for pair in _list(root, part)]
     content: dict[str, list] = {"images": [], "annotations": [], "categories": []}

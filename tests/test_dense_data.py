@@ -434,7 +434,7 @@ def test_voc_faults(made, tmp_path):
         ("\x7f", "broken"),
         ([-3, 33], "not numbers"),
         ([29], "are of 29 pixels, not 5 x 6"),
-        (5, ""),
+        (5, "are not numbers"),
     ],
 )
 def test_broken_run_lengths(counts, reason):
