@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo
 
+from commands.dense import evaluate_dense
 from config import Config
+from config.checks import DENSE_TASKS
 from datasets import Source, build_source, eval_loader
 from engine import evaluate
 from inputs.folder import FolderIndex
@@ -35,6 +37,8 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     if source_of_weights is None:
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     checkpoints.verify_own(source_of_weights)
+    if config.task in DENSE_TASKS:
+        return evaluate_dense(config, topology)
     content = read_weights(source_of_weights)
     source = _source(config)
     known = _model_classes(config, content, source)

@@ -17,7 +17,9 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from commands.dense import predict_dense
 from config import Config
+from config.checks import DENSE_TASKS
 from datasets import loader_options
 from engine import autocast
 from inputs.decode import BadImage
@@ -52,12 +54,14 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
         raise ValueError(
             f"--predict: {config.resume} is not a checkpoint of this project, so its classes have no names"
         )
-    trained = {name: content["config"].get(name) for name in FROM_CHECKPOINT if name not in said}
-    config = replace(config, **trained)
     averaged = config.model_ema if "model_ema" in said else content["best"].get("weights") == "model_ema"
     key = "model_ema" if averaged else "model"
     if content.get(key) is None:
         raise ValueError(f"--model_ema true: {config.resume} holds no moving average; use --model_ema false")
+    if (config.task if "task" in said else content["config"].get("task")) in DENSE_TASKS:
+        return predict_dense(config, said, paths, content, key, topology)
+    trained = {name: content["config"].get(name) for name in FROM_CHECKPOINT if name not in said}
+    config = replace(config, **trained)
     names = list(content["classes"])
     names += [f"unnamed {i}" for i in range(len(names), config.num_classes or 0)]
     size = config.eval_size or config.input_size

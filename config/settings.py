@@ -31,7 +31,10 @@ class RunConfig:
     """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
     JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
     predict_to: str | None = None
-    """--predict: write to this file instead; CSV if its name ends in .csv."""
+    """--predict: write to this file instead; CSV if its name ends in .csv. Of a detector or segmenter: the folder for
+    predictions.json (COCO's form) or label maps."""
+    pictures: bool = False
+    """--predict with a detector or segmenter: draw each image's predictions too."""
     top_k: int = 5
     """--predict: classes per image."""
     eval_size: int | None = None

@@ -44,15 +44,15 @@ class LabelMaps:
             raise ValueError(f"{images} has no images")
         self.stems = sorted({*files, *maps})
         self.images = [str(files.get(stem, Path(images) / f"{stem}.jpg")) for stem in self.stems]
-        self.labels = [str(maps.get(stem, Path(labels) / f"{stem}.png")) for stem in self.stems]
+        self.label_paths = [str(maps.get(stem, Path(labels) / f"{stem}.png")) for stem in self.stems]
 
     def __len__(self) -> int:
         return len(self.stems)
 
     def read(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Scene ``i`` (see `dense.scenes`). Raises OSError or BadImage if one of its files cannot be used."""
-        labels = read_labels(self.labels[i], len(self.classes), self.void_zero)
-        return to_tensor(read_image(self.images[i], labels.shape, self.labels[i])), torch.from_numpy(labels)
+        labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
+        return to_tensor(read_image(self.images[i], labels.shape, self.label_paths[i])), torch.from_numpy(labels)
 
     def name(self, i: int) -> str:
         return self.images[i]
@@ -71,7 +71,7 @@ class LabelMaps:
         """Names of the images and labels that are not there."""
         return [
             f"{paths[i]} (which belongs to {others[i]})"
-            for paths, others in ((self.images, self.labels), (self.labels, self.images))
+            for paths, others in ((self.images, self.label_paths), (self.label_paths, self.images))
             for i in missing_files(paths)
         ]
 
