@@ -91,7 +91,7 @@ def predict_dense(
     with torch.inference_mode():
         for path in paths:
             try:
-                image = to_tensor(read_image(path, None, ""))
+                image = to_tensor(read_image(path, None))
             except (OSError, BadImage) as error:
                 bad.append(f"{path} ({error})")
                 continue

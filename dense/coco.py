@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 
 from dense.annotations import (
     BadAnnotation,
@@ -31,7 +30,7 @@ from dense.annotations import (
     short,
     to_rle,
 )
-from dense.reading import missing_files, read_image, to_tensor
+from dense.reading import missing_files, read_image, to_tensor, upright_size
 
 OVERHANG = 1.0  # pixels that a box may reach beyond its image before a message says that it was cut
 
@@ -181,7 +180,7 @@ class CocoScenes:
                 ) from None
             self.ids.append(number)
             self.files.append(file)
-            sizes.append(size if min(size) else self._header_size(file))
+            sizes.append(size if min(size) else upright_size(self.folder / file))
         self._row = {number: row for row, number in enumerate(self.ids)}
         if len(self._row) < len(self.ids):
             twice = next(number for row, number in enumerate(self.ids) if self._row[number] != row)
@@ -189,14 +188,6 @@ class CocoScenes:
         if not self.ids:
             raise ValueError(f"{self.where} lists no images")
         self._sizes = np.array(sizes, dtype=np.int64)
-
-    def _header_size(self, file: str) -> tuple[int, int]:
-        """(height, width) that the image itself states, where the json does not; (0, 0) if it cannot be read."""
-        try:
-            with Image.open(self.folder / file) as image:
-                return image.height, image.width
-        except Exception:  # reading the image will say what is wrong with it
-            return 0, 0
 
     def _read_annotations(self, content: Any, labels: dict[int, int], train: bool) -> None:
         records = _records(content, "annotations", self.where)

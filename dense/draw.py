@@ -13,6 +13,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 from dense.transforms import IGNORED
 
 OPACITY = 0.5
+SHOWN = 0.3  # score from which a detection is drawn
 
 
 @lru_cache

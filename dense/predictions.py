@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from dense.annotations import mask_library
-from dense.draw import draw_labels, draw_objects, palette_bytes
+from dense.draw import SHOWN, draw_labels, draw_objects, palette_bytes
 from dense.score import coco_results, to_original
 
 
@@ -23,7 +23,8 @@ class DetectionWriter:
 
     Args:
         folder: made if it is not there. classes: names, in the order of labels.
-        masks: whether detections have masks. pictures: whether to draw ``folder``/pictures/NAME.jpg too.
+        masks: whether detections have masks. pictures: whether to draw ``folder``/pictures/NAME.jpg too, with
+            the detections of a score of 0.3 and more.
         category_ids: id of each label's category, to write what a data set's own file calls it.
     """
 
@@ -65,15 +66,10 @@ class DetectionWriter:
             more = {"id": len(self.content["annotations"]) + 1, "area": area, "iscrowd": 0}
             self.content["annotations"].append({**result, **more})
         if self.pictures:
-            masks = _decoded(found["masks"], height, width) if self.masks else None
-            drawn = draw_objects(
-                image,
-                torch.from_numpy(found["boxes"]),
-                torch.from_numpy(found["labels"]),
-                self.classes,
-                torch.from_numpy(found["scores"]),
-                masks,
-            )
+            keep = np.flatnonzero(found["scores"] >= SHOWN)
+            boxes, labels, scores = (torch.from_numpy(found[key][keep]) for key in ("boxes", "labels", "scores"))
+            masks = _decoded([found["masks"][k] for k in keep], height, width) if self.masks else None
+            drawn = draw_objects(image, boxes, labels, self.classes, scores, masks)
             save_picture(drawn, self.pictures / f"{flat_name(name)}.jpg")
 
     def close(self) -> Path:

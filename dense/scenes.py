@@ -1,4 +1,4 @@
-"""Dense data sets as a run asks for them: opened by name, what is wrong with them reported, loaders.
+"""Dense data sets as a run asks for them: opened by name, what is wrong with them reported, scenes by number.
 
 A source (`CocoScenes`, `LabelMaps`) is a `inputs.views.Source` whose ``read(i)`` gives a scene: (uint8 image (3, H, W),
 target). The target is a dict for detection, with ``boxes`` float32 (K, 4) xyxy in pixels, ``labels`` int64 (K,) from 0
@@ -10,20 +10,16 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from curriculum import CurriculumSampler
-from datasets import loader_options
 from dense.ade20k import open_ade20k
 from dense.coco import open_coco
 from dense.masks import open_masks
-from dense.transforms import collate
 from dense.voc import open_voc
 from inputs.bad_files import BadFiles, load
 
@@ -110,26 +106,6 @@ class EvalScenes(Dataset):
     def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, Any]]:
         image, target = load(self.source, index, self.transform)
         return image, {**target, "image_id": self.source.image_id(index), "index": index}
-
-
-def training_batches(
-    data: TrainScenes, sampler: CurriculumSampler, workers: int, pin: bool
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Any]]:
-    """(images, sizes, targets) of `dense.transforms.collate` for the rest of the run, one per forward pass."""
-    yield from DataLoader(data, batch_sampler=sampler, collate_fn=collate, **loader_options(workers, pin))
-
-
-def eval_loader(
-    source, transform, batch_size: int, rank: int, world_size: int, workers: int, pin: bool, multiple: int = 32
-) -> DataLoader:
-    """Every ``world_size``-th image from ``rank`` on: over all processes each image once, none twice."""
-    return DataLoader(
-        EvalScenes(source, transform),
-        batch_size=batch_size,
-        sampler=range(rank, len(source), world_size),
-        collate_fn=partial(collate, multiple=multiple),
-        **loader_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
-    )
 
 
 def report_faults(faults: list[str], annotations: int, max_bad: float, folder: str | Path | None) -> None:

@@ -15,13 +15,11 @@ from curriculum import CurriculumSampler
 from datasets import loader_options
 from inputs.finish import Finish
 
-from .draw import draw_labels, draw_objects
+from .draw import SHOWN, draw_labels, draw_objects
 from .scenes import EvalScenes, TrainScenes
 from .score import DetectionScorer, SegmentationScorer
 from .transforms import collate
 from .upernet import segment
-
-SHOWN = 0.3  # score from which a detection is drawn
 
 
 @dataclass

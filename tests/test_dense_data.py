@@ -17,8 +17,9 @@ from pycocotools import mask as pycoco
 
 from curriculum import CurriculumSampler, build_plan
 from dense.annotations import BadAnnotation, check_segmentation, decode_counts, to_rle
-from dense.reading import read_image
-from dense.scenes import TrainScenes, eval_loader, open_scenes, training_batches
+from dense.reading import read_image, upright_size
+from dense.scenes import TrainScenes, open_scenes
+from dense.tasks import Scenes, eval_loader, training_batches
 from dense.transforms import DetectionTest, DetectionTrain, SegmentationTrain
 from inputs.bad_files import BadFiles
 from inputs.decode import BadImage
@@ -103,6 +104,8 @@ def test_exif_turns_an_image_only_to_the_size_that_was_annotated(orientation, tm
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     turned = np.array(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
     assert np.array_equal(read_image(tmp_path / "a.png", (5, 9), "x"), pixels)
+    assert np.array_equal(read_image(tmp_path / "a.png", None), turned)
+    assert upright_size(tmp_path / "a.png") == turned.shape[:2]
     if orientation > 4:
         assert np.array_equal(read_image(tmp_path / "a.png", (9, 5), "x"), turned)
     else:
@@ -198,6 +201,8 @@ def same(a, b):
         return torch.equal(a, b)
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, Scenes):
+        return same(vars(a), vars(b))
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(same, a, b))
     return a == b
@@ -208,7 +213,8 @@ def test_samples_depend_neither_on_workers_nor_on_where_a_run_resumes(coco):
     alone, shared = batches(source, 0), batches(source, 2)
     assert same(alone, shared) and same(alone[7:], batches(source, 0, start=7))
     assert not same(alone[0], alone[5])
-    images, sizes, targets = alone[0]
+    images, targets = alone[0]
+    sizes, targets = targets.sizes, targets.targets
     assert images.shape[2] % 32 == images.shape[3] % 32 == 0 and images.dtype == torch.uint8
     for (height, width), target in zip(sizes.tolist(), targets):
         assert target["masks"].shape[1:] == (height, width)
@@ -235,8 +241,8 @@ def test_a_training_image_that_is_gone_is_replaced_and_recorded(coco, made, tmp_
 
 def test_evaluation_gives_each_image_once_over_two_processes(coco):
     source = open_coco(coco, "val", train=False)
-    loaders = [eval_loader(source, DetectionTest(128, 200), 3, rank, 2, 0, False) for rank in (0, 1)]
-    targets = [target for loader in loaders for _, _, part in loader for target in part]
+    loaders = [eval_loader(source, DetectionTest(128, 200), rank, 2, 0, False) for rank in (0, 1)]
+    targets = [target for loader in loaders for _, part, _ in loader for target in part.targets]
     assert sorted(target["image_id"] for target in targets) == source.ids
     assert {target["original_size"] for target in targets} == {source.read(i)[0].shape[1:] for i in range(8)}
 
@@ -245,7 +251,8 @@ def test_segmentation_batches(made, tmp_path):
     dense_data.write_masks(tmp_path, made)
     source = open_scenes("segmentation", "masks", tmp_path, "train", train=True)
     transform = SegmentationTrain(128, crop=96, side=128, max_side=256)
-    images, _, labels = batches(source, 0, transform)[0]
+    images, scenes = batches(source, 0, transform)[0]
+    labels = scenes.targets
     assert images.shape == (4, 3, 96, 96) and labels.shape == (4, 96, 96) and labels.dtype == torch.int64
     assert set(labels.unique().tolist()) <= {0, 1, 2, 3, 255}
 
@@ -369,10 +376,9 @@ def test_an_image_of_another_size_than_the_json_says(tmp_path, made):
 
 def test_sizes_that_the_json_leaves_out_are_the_files(tmp_path, made):
     root = changed(tmp_path, made, lambda c: [image.pop("width") for image in c["images"]])
-    source = open_coco(root, train=False, max_bad=0.05)  # the turned image is taken as it is stored
-    assert [source._size(k) for k in range(24) if k != TURNED] == [
-        scene.image.shape[:2] for k, scene in enumerate(made) if k != TURNED
-    ]
+    source = open_coco(root, train=False)
+    assert [source._size(k) for k in range(24)] == [scene.image.shape[:2] for scene in made]
+    assert source.read(TURNED)[0].shape[1:] == made[TURNED].image.shape[:2]
 
 
 def broken_masks(root, made, name, picture):

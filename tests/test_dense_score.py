@@ -14,12 +14,11 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dense_data
-from dense_data import scenes
 from pycocotools import mask as pycoco
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from dense.scenes import eval_loader, open_scenes
+from dense.scenes import open_scenes
 from dense.score import (
     COCO_NUMBERS,
     DetectionScorer,
@@ -30,14 +29,15 @@ from dense.score import (
     paste,
     to_original,
 )
+from dense.tasks import eval_loader
 from dense.transforms import DetectionTest, SegmentationTest
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
     root = tmp_path_factory.mktemp("scores")
-    dense_data.write_coco(root / "coco", scenes())
-    dense_data.write_masks(root / "masks", scenes())
+    dense_data.write_coco(root / "coco", dense_data.scenes())
+    dense_data.write_masks(root / "masks", dense_data.scenes())
     return root
 
 
@@ -63,7 +63,8 @@ def perfect(source, i, size, side=112):
 
 
 def fill(scorer, source, rank=0, world_size=1, change=lambda detection: detection):
-    for _, sizes, targets in eval_loader(source, DetectionTest(140, 200), 3, rank, world_size, 0, False):
+    for _, scenes, _ in eval_loader(source, DetectionTest(140, 200), rank, world_size, 0, False):
+        sizes, targets = scenes.sizes, scenes.targets
         found = [change(perfect(source, t["index"], size)) for t, size in zip(targets, sizes.tolist())]
         scorer.add(found, targets, sizes)
     return scorer
@@ -94,7 +95,8 @@ def test_boxes_of_a_known_overlap(root):
 
     with_masks = open_source(root)
     scorer = DetectionScorer(source, False)
-    for _, sizes, targets in eval_loader(source, DetectionTest(140, 200), 3, 0, 1, 0, False):
+    for _, scenes, _ in eval_loader(source, DetectionTest(140, 200), 0, 1, 0, False):
+        sizes, targets = scenes.sizes, scenes.targets
         found = [narrow(perfect(with_masks, t["index"], size)) for t, size in zip(targets, sizes.tolist())]
         scorer.add(found, targets, sizes)
     scores = scorer.scores()
@@ -235,7 +237,8 @@ def test_confusion_is_what_loops_count():
 def label_scores(root, change, rank=0, world_size=1):
     source = open_scenes("segmentation", "masks", root / "masks", "train", train=False)
     scorer = SegmentationScorer(source)
-    for _, _, targets in eval_loader(source, SegmentationTest(100, 300), 3, rank, world_size, 0, False):
+    for _, scenes, _ in eval_loader(source, SegmentationTest(100, 300), rank, world_size, 0, False):
+        targets = scenes.targets
         scorer.add([change(target["label"].long()) for target in targets], targets)
     return scorer
 
