@@ -216,3 +216,21 @@ def test_a_detector_learns_what_it_is_taught(main_program, tmp_path):
     found = learn(main_program, tmp_path / "a", "detection")
     assert found["test_box_AP"] > 90 and found["test_mask_AP"] > 80
     assert learn(main_program, tmp_path / "b", "detection", shuffled=True)["test_box_AP"] < 30
+
+
+@pytest.mark.parametrize(("task", "form"), [("detection", "authors"), ("segmentation", "torch_export")])
+def test_a_checkpoint_is_exported_and_read_back(whole, tmp_path, capsys, task, form):
+    from dense.export import main as export
+
+    checkpoint, out = whole[task].output / "checkpoint-last.pth", tmp_path / "out"
+    more = ["--size", "64", "96"] if form == "torch_export" else []
+    assert export([str(checkpoint), str(out), "--format", form, "--ema", *more]) == 0
+    assert "out: " in capsys.readouterr().out
+    if form == "authors":
+        names = torch.load(out, weights_only=True)["state_dict"]
+        assert "roi_head.bbox_head.fc_cls.weight" in names and "backbone.downsample_layers.0.0.weight" in names
+    else:
+        (logits,) = [torch.export.load(out).module()(torch.zeros(1, 3, 64, 96))]
+        assert logits.shape == (1, len(CLASSES) + 1, 64, 96)
+    assert export([str(checkpoint), str(out), "--format", "torch_export", "--size", "60", "96"]) == 1
+    assert "multiples of 32" in capsys.readouterr().err
