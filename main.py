@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
+
+from config.command_line import parse_stated
+
+if __name__ == "__main__":
+    parse_stated(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
+
+import json
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,7 +27,6 @@ from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, to_yaml
 from config.checks import check_settings, parse_parts
-from config.command_line import given, parse_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
 from datasets import build_source
@@ -197,7 +202,7 @@ def run(config: Config, said: set[str]) -> int:
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     try:
-        return run(parse_config(argv), given(argv))
+        return run(*parse_stated(argv))
     except UsageError as error:
         return die(error, 2)
     except (ValueError, OSError, NonFinite) as error:

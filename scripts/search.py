@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.checks import check_settings  # noqa: E402
-from config.command_line import parse_config, usage_error  # noqa: E402
+from config.command_line import flags_of, parse_config, usage_error  # noqa: E402
 from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
 from studies.study import Study  # noqa: E402
 from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
@@ -180,9 +180,8 @@ def write_recipes(found: Found, folder: Path, command: str) -> None:
 
 def main(argv: list[str], launch=launch) -> int:
     args, flags = parse(argv)
-    given = {flag.split("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    if forbidden := sorted(given & set(OURS)):
-        return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or need it not")
+    if forbidden := sorted(flags_of(flags) & set(OURS)):
+        return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or do not need it")
     config = parse_config(flags)
     try:
         check_settings(config)

@@ -1,13 +1,16 @@
 """Settings: defaults, recipes, flags. What is unknown or of the wrong type is refused; the flags stay what they are."""
 
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from config import Config, load_curriculum, load_recipe, to_yaml
-from config.command_line import parse_config
+from config.command_line import FIRST, flags_of, parse_config, parse_stated
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
 FLAGS = """
@@ -84,7 +87,9 @@ def test_every_setting_has_a_line_of_help(capsys):
         parse_config(["--help"])
     text = capsys.readouterr().out
     for field in fields(Config):
-        description = re.search(rf"^  --{field.name} \S+\s(.*?)\(type:", text, re.MULTILINE | re.DOTALL)[1]
+        description = re.search(
+            rf"^  --{field.name} \S.*?\s{{2,}}(.*?)(?=^  --|^\S|\Z)", text, re.MULTILINE | re.DOTALL
+        )[1]
         assert len(description.split()) >= 2, field.name
 
 
@@ -101,6 +106,58 @@ def test_recipe_then_flags(recipe):
     assert config.warmup_epochs == "20 passes"
     assert config.batch_size == 4096
     assert parse_config(["--lr", "0.5", f"--recipe={path}"]).lr == 0.5  # the order does not matter
+
+
+def test_help_is_for_people(capsys):
+    """Types as one writes them; what matters first comes first; each setting once."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    for inner in ("Union", "Literal", "NoneType", "null", "<class", "Optional", "type:", "%%"):
+        assert inner not in text, inner
+    shown = re.findall(r"^  --(\w+) ", text, re.MULTILINE)
+    assert shown[: 1 + len(FIRST)] == ["recipe", *FIRST] and len(FIRST) == 9
+    assert sorted(shown) == sorted(["recipe", *(field.name for field in fields(Config))])
+    assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w.*:", line)] == [
+        *("options", "the settings to begin with", "run", "data", "model", "curriculum", "optimization"),
+        "regularization (after RandAugment)",
+    ]
+    assert "--crop_scale X,X" in text and "(default: 0.08,1)" in text
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--lrr", "3"], 2), (["--lr", "fast"], 2)])
+def test_help_and_typos_do_not_wait_for_torch(argv, code):
+    program = (
+        "import runpy, sys\nsys.argv = ['main.py', *sys.argv[1:]]\n"
+        "try:\n    runpy.run_path('main.py', run_name='__main__')\n"
+        "finally:\n    print('heavy', sorted({'torch', 'timm', 'torchvision', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "heavy []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("pair", ["0.9,0.95", "[0.9,0.95]", "[0.9, 0.95]"])
+def test_lists_without_brackets(pair):
+    assert parse_config(["--opt_betas", pair]).opt_betas == (0.9, 0.95)
+    config = parse_config(["--replay", "4,2,1", "--decoder=4,256,8", "--rows", "a,b", "--train_split", "a,b"])
+    assert (config.replay, config.decoder, config.rows, config.train_split) == (
+        [4, 2, 1],
+        (4, 256, 8),
+        ["a", "b"],
+        "a,b",
+    )
+
+
+def test_what_was_stated(recipe):
+    path = recipe({"lr": 4e-3, "seed": 1})
+    config, stated = parse_stated(["--recipe", path, "--epochs", "200", "--model_args.depth", "3"])
+    assert stated == {"lr", "seed", "epochs", "model_args"} and config.model_args == {"depth": 3}
+    assert flags_of(["--recipe", path, "--epochs=200"]) == {"recipe", "epochs"}
+
+
+def test_part_of_a_mapping_keeps_the_rest_of_the_recipe(recipe):
+    path = recipe({"model_args": {"depth": 3, "width": 8}})
+    assert parse_config(["--recipe", path, "--model_args.width", "9"]).model_args == {"depth": 3, "width": 9}
 
 
 def test_types_of_flags():
@@ -156,6 +213,10 @@ def test_curriculum_file(recipe):
         (["--mod", "resnet50"], ["'mod'", "model"]),  # no abbreviations
         (["--print_config"], ["'print_config'"]),
         (["--zzzz", "1"], ["'zzzz'", "--help lists all"]),
+        (["--recip", "x.yaml"], ["'recip'", "did you mean recipe"]),
+        (["--replay", "4,", "2"], ["'2' belongs to no setting"]),
+        (["--recipe", "a.yaml", "--recipe", "b.yaml"], ["--recipe is given twice", "extends: b.yaml"]),
+        (["--recipe", "a.yaml", "--lr", "1", "--recipe=b.yaml"], ["--recipe is given twice"]),
         (["stray"], ["stray"]),
         (["--lr"], ["--lr"]),
         (["--lr", "fast"], ["lr", "fast"]),
@@ -163,7 +224,9 @@ def test_curriculum_file(recipe):
         (["--amp", "fp8"], ["amp", "fp8", "bf16"]),
         (["--plan", "please"], ["plan", "please", "table"]),
         (["--model_ema", "7"], ["model_ema", "7"]),
-        (["--crop_scale", "[0.3]"], ["crop_scale", "2 elements"]),
+        (["--crop_scale", "[0.3]"], ["--crop_scale is [0.3]; write --crop_scale X,X"]),
+        (["--crop_scale", "0.3,0.5,1"], ["--crop_scale X,X"]),
+        (["--micro_batch", "many"], ["--micro_batch is many; write --micro_batch N|auto"]),
         (["--model_args", "7"], ["model_args"]),
         (["--recipe"], ["--recipe"]),
         (["--recipe", "nowhere/at_all.yaml"], ["nowhere/at_all.yaml", "No such file"]),
