@@ -29,11 +29,9 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune.
 
     Raises:
-        ValueError: no weights named, weights without a head for these classes, or images of unknown classes.
+        ValueError: weights without a head for these classes, or images of unknown classes.
     """
     source_of_weights = config.resume or config.finetune
-    if source_of_weights is None:
-        raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     checkpoints.verify_own(source_of_weights)
     content = read_weights(source_of_weights)
     source = _source(config)

@@ -22,7 +22,7 @@ _RANGES = {
         "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
     ),
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
@@ -39,6 +39,9 @@ def check_settings(config: Config) -> None:
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
+    low, high = config.crop_ratio
+    if not 0 < low <= high:
+        raise UsageError(f"--crop_ratio is {list(config.crop_ratio)}; it needs 0 < smallest <= largest")
     if config.opt_betas is not None and not all(0 <= beta < 1 for beta in config.opt_betas):
         raise UsageError(f"--opt_betas is {list(config.opt_betas)}; each must be at least 0 and below 1")
     if config.eval and not (config.resume or config.finetune):
@@ -56,7 +59,7 @@ def check_settings(config: Config) -> None:
 
 def _check_mae(config: Config) -> None:
     """Raises UsageError for settings that masked autoencoders have no use for."""
-    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob") if getattr(config, name) > 0]
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "color_jitter") if getattr(config, name) > 0]
     if config.magnitude != "none":
         unwanted.append("--magnitude none")
     if unwanted:

@@ -99,6 +99,10 @@ class DataConfig:
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training: range of the crop's width / height, before it is resized to a square."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Training: how the crop is resized to the base size; random: one of the two, drawn for each image, as timm's."""
     pipeline: Literal["exact", "fast"] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
     augment_on: Literal["host", "device"] = "host"
@@ -225,6 +229,9 @@ class AugmentConfig:
     """Probability of random erasing."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by factors up to this far from 1, before RandAugment; 0 is off.
+    (In timm and ConvNeXt it is ignored where RandAugment runs; --magnitude none switches that off.)"""
 
 
 GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
