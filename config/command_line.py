@@ -69,7 +69,7 @@ def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
         flags = vars(_parse(parser, argv))
         recipe = flags.pop("recipe", None)
         content = load_recipe(recipe) if recipe else {}
-        if unknown := [str(key) for key in content if key not in Config.__dataclass_fields__]:
+        if unknown := [key for key in content if key not in Config.__dataclass_fields__]:
             raise ValueError(f"recipe {recipe}: " + _unknown(unknown[0], []))
         try:
             known = parser.parse_object(content)
@@ -108,8 +108,8 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
         raise
 
 
-def _unknown(name: str, others: list[str]) -> str:
-    near = difflib.get_close_matches(name, [*Config.__dataclass_fields__, *others], 3, 0.5)
+def _unknown(name: Any, others: list[str]) -> str:
+    near = difflib.get_close_matches(str(name), [*Config.__dataclass_fields__, *others], 3, 0.5)
     return f"unknown setting {name!r}" + (f"; did you mean {' or '.join(near)}?" if near else "; --help lists all")
 
 

@@ -100,7 +100,7 @@ class Parts:
         hook.register_forward_hook(lambda module, inputs, output: seen.append(output))
         images = torch.zeros(4, 3, size, size, dtype=torch.uint8)
         forward_loss(training, images, torch.zeros(4, dtype=torch.int64), record, 0, range(1))
-        return seen[0].dtype, seen[0].is_contiguous(memory_format=torch.channels_last)
+        return seen[0].dtype, is_last(seen[0])
 
 
 def wired(setting, value, read, want=None, **others):
@@ -190,6 +190,10 @@ def first_weight(p):
     return None if torch.equal(drawn.stem.weight, p.model.stem.weight) else "drawn from another seed"
 
 
+def is_last(tensor):
+    return tensor.is_contiguous(memory_format=torch.channels_last)
+
+
 # -- the model ---------------------------------------------------------------------------------------------------------
 wired("model", "tests.tiny_models:plain", lambda p: type(p.model).__name__, "Plain")
 wired("model_args", {"width": 5}, lambda p: p.model.stem.out_channels, 5)
@@ -206,8 +210,8 @@ wired("model_ema_decay", 0.5, lambda p: p.training.ema.decay, model_ema=True)
 wired(
     "channels_last",
     True,
-    lambda p: (p.model.stem.weight.is_contiguous(memory_format=torch.channels_last), p.forward()[1]),
-    (True, True),
+    lambda p: (is_last(p.model.stem.weight), p.forward()[1], is_last(p.finished[0])),
+    (True, True, True),
 )
 wired("compile", True, lambda p: type(p.training.model).__name__, "OptimizedModule")
 wired(
@@ -258,7 +262,7 @@ wired("reprob", 1.0, lambda p: erased(p), 32, **UNMIXED)
 wired("mixup_prob", 0.0, lambda p: p.finished[1].max(1).values.min().item() > 0.9, True)
 wired("mixup", 0.0, lambda p: same_as(p, mixup=0.0), True)
 wired("cutmix", 0.0, lambda p: same_as(p, cutmix=0.0), True)
-wired("mixup_switch_prob", 0.0, lambda p: same_as(p, cutmix=0.0), True)
+wired("mixup_switch_prob", 0.0, lambda p: same_as(p, switch_prob=0.0), True)
 
 
 def erased(p):
@@ -322,7 +326,7 @@ def _(make):
     for module, call in consumers.items():
         make.monkeypatch.setattr(module, "EvalTransform", stop)
         weights = {} if module is training.validation else {"resume": make.checkpoint, "predict": str(make.folder)}
-        with pytest.raises(Reached, match="0.5"):
+        with pytest.raises(Reached, match=r"0\.5"):
             call(make(crop_pct=0.5, **weights))
 
 
