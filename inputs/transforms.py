@@ -37,7 +37,7 @@ class TrainTransform:
 
     Args:
         base_size: the full input size, at which images are cropped and augmented.
-        operator: how images are reduced to B, one of `curriculum.operators.MODES`.
+        operator: how images are reduced to B, one of `curriculum.operators.OPERATORS`.
         randaugment: None for none.
         scale: range of the crop's area as a share of the image's. ratio: range of its width / height.
         flip: probability of a horizontal flip.

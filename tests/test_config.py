@@ -1,16 +1,19 @@
 """Settings: defaults, recipes, flags. What is unknown or of the wrong type is refused; the flags stay what they are."""
 
+import json
 import re
 import subprocess
 import sys
 from dataclasses import asdict, fields
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from config import Config, load_curriculum, load_recipe, to_yaml
+from config import Config, load_curriculum, load_recipe, plain, to_yaml
 from config.command_line import FIRST, flags_of, parse_config, parse_stated
+from curriculum.operators import OPERATORS
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
 FLAGS = """
@@ -91,6 +94,19 @@ def test_every_setting_has_a_line_of_help(capsys):
             rf"^  --{field.name} \S.*?\s{{2,}}(.*?)(?=^  --|^\S|\Z)", text, re.MULTILINE | re.DOTALL
         )[1]
         assert len(description.split()) >= 2, field.name
+
+
+def test_operators_are_the_curriculums():
+    """A type is written out; what it lists is what curriculum/ has."""
+    choices = get_args(get_args(get_type_hints(Config)["operator"])[0])
+    assert choices == OPERATORS
+
+
+def test_plain_types():
+    config = Config(forward_batch={64: 4}, opt_betas=(0.9, 0.95))
+    assert plain(config) == json.loads(json.dumps(asdict(config)))
+    assert (plain(config)["opt_betas"], plain(config)["forward_batch"]) == ([0.9, 0.95], {"64": 4})
+    assert plain({"a": (1, (2,))}) == {"a": [1, [2]]}
 
 
 def test_defaults():
@@ -192,6 +208,7 @@ def test_extends(recipe):
 def test_to_yaml_is_a_recipe_of_the_same_settings(recipe):
     first = parse_config(
         ["--lr", "0.5", "--opt_betas", "[0.9,0.95]", "--model_args", "{depth: 3}", "--curriculum", "{clock: compute}"]
+        + ["--forward_batch", "{64: 4}"]
     )
     again = parse_config(["--recipe", recipe(to_yaml(first))])
     assert asdict(again) == asdict(first)
@@ -214,7 +231,8 @@ def test_curriculum_file(recipe):
         (["--print_config"], ["'print_config'"]),
         (["--zzzz", "1"], ["'zzzz'", "--help lists all"]),
         (["--recip", "x.yaml"], ["'recip'", "did you mean recipe"]),
-        (["--replay", "4,", "2"], ["'2' belongs to no setting"]),
+        (["--lr", "1", "2"], ["'2' belongs to no setting"]),
+        (["--replay", "4,", "2"], ["--replay is 4,; write --replay N,N,..."]),
         (["--recipe", "a.yaml", "--recipe", "b.yaml"], ["--recipe is given twice", "extends: b.yaml"]),
         (["--recipe", "a.yaml", "--lr", "1", "--recipe=b.yaml"], ["--recipe is given twice"]),
         (["stray"], ["stray"]),

@@ -3,16 +3,14 @@ is written, and what happens when it cannot be."""
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, UsageError
+from config import Config, UsageError, plain
 from config.checks import parse_interval
 from curriculum import Plan
 from engine import Training
@@ -54,7 +52,7 @@ def pack(
         "best": best,
         "meters": meters,
         "identity": identity,
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": plain(config),
         "classes": list(classes),
     }
 
