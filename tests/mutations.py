@@ -14,6 +14,17 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = (
+    "torch",
+    "torchvision",
+    "timm",
+    "cv2",
+    "yaml",
+    "jsonargparse",
+    "docstring_parser",
+    "pytest",
+    "tensorboardX",
+)
 BUILD = """
 curriculum epochs warmup_epochs magnitude max_magnitude operator early_large_batch lr_rule batch_size lr min_lr
 weight_decay weight_decay_end replay input_size seed micro_batch forward_batch model model_args num_classes drop_path
@@ -83,7 +94,7 @@ def run_case(copy: Path, setting: str | None) -> int:
 def main(copy: Path, names: list[str]) -> None:
     sys.dont_write_bytecode = True  # a mutation changes a file within the second
     sys.path[:] = [str(copy), *(path for path in sys.path if Path(path or ".").resolve() not in (ROOT, ROOT / "tests"))]
-    for library in ("torch", "torchvision", "timm", "cv2", "yaml", "jsonargparse", "matplotlib", "torch._dynamo"):
+    for library in LIBRARIES:
         __import__(library)
     codes = {"": run_case(copy, None)}
     for setting, file, pattern, becomes in ALL:
@@ -93,6 +104,7 @@ def main(copy: Path, names: list[str]) -> None:
             path.write_text(disconnect(text, setting, pattern, becomes))
             try:
                 codes[f"{setting}:{file}"] = run_case(copy, setting)
+                print(setting, file, codes[f"{setting}:{file}"], file=sys.stderr, flush=True)
             finally:
                 path.write_text(text)
     print(json.dumps(codes))

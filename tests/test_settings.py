@@ -132,19 +132,28 @@ def checkpoint(folder, tmp_path_factory):
     return str(output / "checkpoint-last.pth")
 
 
-@pytest.fixture
-def make(folder, tmp_path, checkpoint, monkeypatch, capsys):
+class Make:
     """``make(setting=value, ...)`` -> :class:`Parts`, each in an output folder of its own."""
+
+    def __init__(self, request):
+        self.request, self.count = request, iter(range(100))
+        self.folder, self.tmp_path, self.monkeypatch, self.capsys = map(
+            request.getfixturevalue, ("folder", "tmp_path", "monkeypatch", "capsys")
+        )
+
+    def __call__(self, **settings):
+        output = self.tmp_path / f"run{next(self.count)}"
+        return Parts({"data_path": str(self.folder), "output_dir": str(output), **settings})
+
+    @property
+    def checkpoint(self):
+        return self.request.getfixturevalue("checkpoint")
+
+
+@pytest.fixture
+def make(request, monkeypatch):
     monkeypatch.setattr(utils.signal, "signal", lambda *_: None)
-    count = iter(range(100))
-
-    def call(**settings):
-        output = tmp_path / f"run{next(count)}"
-        return Parts({"data_path": str(folder), "output_dir": str(output), **settings})
-
-    call.folder, call.tmp_path, call.checkpoint = folder, tmp_path, checkpoint
-    call.monkeypatch, call.capsys = monkeypatch, capsys
-    return call
+    return Make(request)
 
 
 @pytest.mark.parametrize("setting", Config.__dataclass_fields__)
