@@ -459,8 +459,8 @@ def _(make):
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------
-def command(setting, value, function, **others):
-    """main.run hands over to ``function`` under this setting, and trains without."""
+def command(setting, value, function, then=lambda make: None):
+    """main.run hands over to ``function`` under this setting, and trains without; ``then`` looks at the function."""
 
     @special(setting)
     def _(make):
@@ -469,10 +469,11 @@ def command(setting, value, function, **others):
         weights = {"resume": make.checkpoint}
         assert main.run(make(**weights).config, set()) == "train"
         assert main.run(make(**weights, **{setting: value}).config, set()) == function
+        then(make)
 
 
 command("eval", True, "evaluate_weights")
-command("predict", "photos", "predict")
+command("predict", "photos", "predict", lambda make: labelled(make, top_k=1))
 command("suggest", True, "write_suggestion")
 command("doctor", True, "diagnose")
 command("plan", "table", "show_plan")
@@ -492,20 +493,26 @@ def _(make):
     assert commands.evaluate.evaluate_weights(make(**weights).config, CPU) == 0
 
 
+def labelled(make, **settings):
+    """What --predict prints of the 15 validation images."""
+    where = {"resume": make.checkpoint, "predict": str(make.folder / "val")}
+    make.capsys.readouterr()
+    assert predict(make(**where, **settings).config, set(), CPU) == 0
+    lines = [json.loads(line) for line in make.capsys.readouterr().out.splitlines()]
+    assert len(lines) == (0 if "predict_to" in settings else 15)
+    return lines
+
+
 @special("predict_to")
 def _(make):
     path = make.tmp_path / "labels.jsonl"
-    where = {"resume": make.checkpoint, "predict": str(make.folder / "val")}
-    assert predict(make(predict_to=str(path), **where).config, set(), CPU) == 0
+    labelled(make, predict_to=str(path))
     assert len(path.read_text().splitlines()) == 15
 
 
 @special("top_k")
 def _(make):
-    where = {"resume": make.checkpoint, "predict": str(make.folder / "val" / "class_0")}
-    make.capsys.readouterr()
-    predict(make(top_k=2, **where).config, set(), CPU)
-    assert {len(json.loads(line)["top"]) for line in make.capsys.readouterr().out.splitlines()} == {2}
+    assert {len(line["top"]) for line in labelled(make, top_k=2)} == {2}
 
 
 def planned(p):
