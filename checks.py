@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from config import Config
+from config import Config, parse_share
 from identity import parse_parts
 from saving import parse_interval
 
@@ -39,10 +39,27 @@ def check_settings(config: Config) -> None:
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise ValueError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    _check_data(config)
     if config.task == "mae":
         _check_mae(config)
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)
+
+
+def _check_data(config: Config) -> None:
+    """Raises ValueError for data settings that contradict each other."""
+    if config.val_share is not None:
+        parse_share(config.val_share)
+        if config.val_per_class is not None:
+            raise ValueError("--val_per_class and --val_share both hold images out: give one of them")
+    if config.labels is None:
+        for name in ("label_columns", "label_separator"):
+            if getattr(config, name) is not None:
+                raise ValueError(f"--{name} is for a table of labels: name it with --labels")
+    elif config.data_set not in ("folder", "tar"):
+        raise ValueError(f"--labels is for --data_set folder and tar; {config.data_set} has labels of its own")
+    if config.label_columns is not None and len(config.label_columns) not in (2, 3):
+        raise ValueError(f"--label_columns is {config.label_columns}: it is [path, label] or [path, label, split]")
 
 
 def _check_mae(config: Config) -> None:

@@ -20,7 +20,7 @@ from checks import check_settings
 from config import Config, given, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import build_source
+from datasets import build_source, describe_data, open_sources
 from doctor import examine
 from evaluation import evaluate_weights
 from identity import check_same_run, identify, parse_parts
@@ -30,7 +30,7 @@ from numerics import NonFinite
 from parts import describe_replay, make_model, make_plan, number_of_classes, size_of_weights
 from predict import predict
 from report import environment, plan_picture
-from resuming import checkpoint_to_resume
+from resuming import checkpoint_to_resume, class_order
 from suggest import suggest
 from trainer import Trainer
 from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, stays_stopped, write_text
@@ -90,10 +90,14 @@ def train(config: Config, topology: Topology) -> int:
             raise ValueError("--output_dir is not set: name the folder for checkpoints and logs")
         if stays_stopped(Path(config.output_dir), topology):
             return STOPPED
-        sources = tuple(build_source(config, train=train) for train in (True, False))
+        found = checkpoint_to_resume(config, topology)
+    order = class_order(config, found)
+    with wrong_usage():
+        sources = open_sources(config, order)
         classes = number_of_classes(config, sources[0])
         plan = make_plan(config, len(sources[0]), classes)
-        found = checkpoint_to_resume(config, topology)
+    if topology.is_main:
+        print("\n".join(describe_data(config, sources)), flush=True)
     identity = identify(config, plan, sources[0], classes)
     state = None
     if found is not None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import checkpoints
 from config import Config
+from models.reading import read_weights
 from utils import Topology, from_main
 
 
@@ -36,6 +37,16 @@ def checkpoint_to_resume(config: Config, topology: Topology) -> tuple[Path, dict
         print(f"going on from {path}, step {found[1]['step']}", flush=True)
         return found
     return Path(path), checkpoints.load(path)
+
+
+def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> list[str] | None:
+    """The order of the classes that the weights to start from know: those of the checkpoint; None if it has none.
+
+    Other versions of this project, and other programs, sort class names in another way.
+    """
+    if found is not None:
+        return found[1].get("classes")
+    return read_weights(config.finetune).get("classes") if config.finetune else None
 
 
 def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:

@@ -19,6 +19,7 @@ from curriculum import CurriculumSampler, Epoch, Plan, set_input_size
 from datasets import Source, eval_loader
 from engine import Training, evaluate, train_epoch, unwrap
 from inputs.transforms import EvalTransform
+from inputs.views import fingerprint
 from logs import Progress, RunLog, duration_text, progress_line
 from numerics import NonFinite, snapshot
 from parts import load_state, make_batches, make_finish, make_optimizer, make_scaler, make_task
@@ -61,6 +62,8 @@ class Trainer:
         self.config, self.topology, self.plan = config, topology, plan
         self.sources, self.agreement, self.identity = sources, agreement, identity
         self.output = Path(config.output_dir)
+        # Of the training and the validation images, so that an evaluation can tell whether its images are the run's.
+        self.images = {part: fingerprint(source) for part, source in zip(("train", "val"), sources)}
         self.num_classes = config.num_classes or len(sources[0].classes)
         model.to(topology.device)
         if config.channels_last:
@@ -262,12 +265,15 @@ class Trainer:
             if scores is None:
                 return None
             result["eval_images"] = scores["images"]
+            if bad := getattr(self.sources[1], "dropped", ()):
+                result["eval_bad_images"] = len(bad)
             result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
             if not suffix:
                 self._save_picture(module, loader.dataset, size)
         self.progress.evaluation_seconds = time.perf_counter() - started
         if self.topology.is_main:
-            scored = f"{training.task.describe(result)}  on {result['eval_images']} images"
+            bad = f" ({result['eval_bad_images']} more cannot be used)" if "eval_bad_images" in result else ""
+            scored = f"{training.task.describe(result)}  on {result['eval_images']} images{bad}"
             print(f"evaluation at {size}: {scored}", flush=True)
         return result
 
@@ -320,6 +326,7 @@ class Trainer:
                 "identity": self.identity,
                 "config": json.loads(json.dumps(asdict(self.config))),
                 "classes": list(self.sources[0].classes),
+                "images": self.images,
             }
 
         self.watchdog.beat(f"writing the checkpoint of step {training.step}")

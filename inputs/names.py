@@ -36,7 +36,9 @@ def order_of(classes: Sequence[str]) -> str:
     """What a message calls the order of these class names."""
     if list(classes) == sorted(classes):
         return "alphabetical order"
-    return "the order of the numbers in their names" if list(classes) == natural(classes) else "a given order"
+    if list(classes) == natural(classes):
+        return "the order of the numbers in their names"
+    return "the order that the checkpoint, --class_map or the data set gives"
 
 
 class NameWriter:

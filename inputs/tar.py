@@ -57,8 +57,8 @@ class TarIndex:
         self.shards = sorted(p.name for p in found if not hidden(p.name))
         if not self.shards:
             raise ValueError(f"--data_path: there is no {pattern} in {path}")
-        stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
-        expected = {"format": FORMAT, "shards": self.shards, "stamps": stamps, "readable": sorted(readable())}
+        self.stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
+        expected = {"format": FORMAT, "shards": self.shards, "stamps": self.stamps, "readable": sorted(readable())}
         expected["label_key"] = None if flat else label_key
         name = path.name if path.is_file() else pattern.replace("*", "_")
         self._index = open_or_build(
