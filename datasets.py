@@ -19,7 +19,6 @@ from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.published import PUBLISHED, open_published
-from inputs.readable import drop_unreadable
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
 from inputs.splits import find_split
@@ -56,16 +55,6 @@ def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None 
         source = _open(config, config.val_split, "val", known)
     source = map_classes(source, config.class_map) if config.class_map else source
     return in_order(source, classes)
-
-
-def open_sources(config: DataConfig, classes: Sequence[str] | None = None) -> tuple[Source, Source]:
-    """Training set, and what can be used of the validation set (`inputs.readable`).
-
-    Raises:
-        ValueError: as `build_source`, or more validation images are bad than --max_bad allows.
-    """
-    train, val = (build_source(config, train, classes) for train in (True, False))
-    return train, drop_unreadable(val, config.max_bad)
 
 
 def describe_data(config: DataConfig, sources: tuple[Source, Source]) -> list[str]:

@@ -20,10 +20,11 @@ from checks import check_settings
 from config import Config, given, parse_config, to_yaml
 from curriculum import CurriculumSampler, Plan, summarize, table
 from curriculum.sampler import derive_seed
-from datasets import build_source, describe_data, open_sources
+from datasets import build_source, describe_data
 from doctor import examine
 from evaluation import evaluate_weights
 from identity import check_same_run, identify, parse_parts
+from inputs.readable import drop_unreadable
 from models import freeze_body, load_weights
 from models.flops import count_flops
 from numerics import NonFinite
@@ -93,9 +94,10 @@ def train(config: Config, topology: Topology) -> int:
         found = checkpoint_to_resume(config, topology)
     order = class_order(config, found)
     with wrong_usage():
-        sources = open_sources(config, order)
+        sources = tuple(build_source(config, train, order) for train in (True, False))
         classes = number_of_classes(config, sources[0])
         plan = make_plan(config, len(sources[0]), classes)
+        sources = sources[0], drop_unreadable(sources[1], config.max_bad)
     if topology.is_main:
         print("\n".join(describe_data(config, sources)), flush=True)
     identity = identify(config, plan, sources[0], classes)

@@ -88,9 +88,9 @@ def scan(path: str, label_key: str = "label", flat: bool = False) -> Scan:
         member.sides = tuple(sorted(own))
         if own:
             member.stated, member.by_text = _stated(path, own, label_key, result)
-    for key, own in sides.items():
-        if key not in with_image:
-            result.left_out.update(map(ending, own))
+    for name in texts:
+        if key_of(name) not in with_image or not name.lower().endswith(LABEL_SIDES):
+            result.left_out[ending(name)] += 1
     return result
 
 

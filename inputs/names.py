@@ -34,11 +34,10 @@ def _natural_key(name: str) -> tuple:
 
 def order_of(classes: Sequence[str]) -> str:
     """What a message calls the order of these class names."""
-    if list(classes) == sorted(classes):
-        return "alphabetical order"
-    if list(classes) == natural(classes):
-        return "the order of the numbers in their names"
-    return "the order that the checkpoint, --class_map or the data set gives"
+    by_number, by_letter = (list(classes) == order for order in (natural(classes), sorted(classes)))
+    if by_number:
+        return "alphabetical order" if by_letter else "the order of the numbers in their names"
+    return "alphabetical order, 10 before 2" if by_letter else "the order of the checkpoint, --class_map or data set"
 
 
 class NameWriter:
