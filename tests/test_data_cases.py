@@ -12,7 +12,6 @@ import pytest
 from conftest import ROOT, flags, write_images
 from PIL import Image
 
-import checkpoints
 from config import Config
 from datasets import build_source, describe_data
 from inputs.decode import BadImage, decode
@@ -23,6 +22,7 @@ from inputs.readable import drop_unreadable
 from inputs.splits import choose, find_split
 from inputs.tar import TarIndex
 from inputs.transforms import EvalTransform
+from models import checkpoints
 
 
 def encode(pixels, kind, **options):
@@ -102,7 +102,7 @@ def test_a_checkpoints_order_decides(tmp_path, main_program, capsys):
     source = build_source(Config(data_path=str(tmp_path / "data")), train=True, classes=lexical)
     assert source.classes == lexical and source.name(source.labels().tolist().index(2)).split("/")[-2] == "10"
     # As an earlier version would have written it.
-    from identity import fingerprint
+    from training.identity import fingerprint
 
     del state["images"], state["format_version"]
     state["classes"] = lexical
@@ -247,6 +247,7 @@ import io, resource
 import numpy as np
 from PIL import Image
 from inputs.transforms import EvalTransform
+from models import checkpoints
 def content(height, width):
     file = io.BytesIO()
     Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(file, "PNG")
