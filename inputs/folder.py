@@ -26,7 +26,8 @@ class Directory(NamedTuple):
     path: str
     mtime: int
     names: list[str]
-    left_out: dict[str, int] = {}  # noqa: RUF012 - files that are not read: number by kind; never changed
+    endings: dict[str, int] = {}  # noqa: RUF012 - of the images: number by ending
+    left_out: dict[str, int] = {}  # noqa: RUF012 - files that are not read: number by kind
 
 
 class FolderIndex:
@@ -202,7 +203,7 @@ def write_index(file: BinaryIO, listing: Iterable[tuple[str, list[Directory]]]) 
         classes.append(name)
         for directory in found:
             names.add(directory.names)
-            endings.update(map(ending, directory.names))
+            endings.update(directory.endings)
             left_out.update(directory.left_out)
             directories.append(directory.path)
             starts.append(names.count)
@@ -258,34 +259,38 @@ def _list_folder(root: str, name: str, trusted_before: int) -> list[Directory]:
             identity = (status.st_dev, status.st_ino)
             if identity in parents:
                 continue  # a link that leads back up
-            images, left_out = [], {}
+            images, endings, left_out = [], Counter(), Counter()
             with os.scandir(os.path.join(root, path)) as entries:
                 for entry in entries:
-                    if hidden(entry.name):
+                    name = entry.name
+                    kind = name[name.rfind(".") :].lower()
+                    if kind in ENDINGS and name[0] != "." and entry.is_file():  # nearly all: nothing more is asked
+                        images.append(name)
+                        endings[kind] += 1
+                    elif hidden(name):
                         continue
-                    if entry.is_dir():
-                        waiting.append((os.path.join(path, entry.name), (*parents, identity)))
-                    elif (kind := _kind(entry)) is None:
-                        images.append(entry.name)
+                    elif entry.is_dir():
+                        waiting.append((os.path.join(path, name), (*parents, identity)))
+                    elif (reason := _why_not(entry)) is None:
+                        images.append(name)
+                        endings[ending(name)] += 1
                     else:
-                        left_out[kind] = left_out.get(kind, 0) + 1
+                        left_out[reason] += 1
         except OSError as error:
             raise ValueError(f"--data_path: cannot list {os.path.join(root, path)}: {error.strerror}") from error
         # A folder changed moments ago may change again within the clock's grain, so its time proves nothing.
         mtime = status.st_mtime_ns if status.st_mtime_ns < trusted_before else -1
-        found.append(Directory(path, mtime, sorted(images), left_out))
+        images.sort()
+        found.append(Directory(path, mtime, images, endings, left_out))
     return sorted(found, key=lambda directory: directory.path)
 
 
-def _kind(entry: os.DirEntry) -> str | None:
+def _why_not(entry: os.DirEntry) -> str | None:
     """None for an image, else what the summary calls it."""
     if not entry.is_file():
         return "broken link" if entry.is_symlink() and not os.path.exists(entry.path) else "special file"
-    kind = ending(entry.name)
-    if kind in ENDINGS:
-        return None
     format = sniff(entry.path)
-    return None if format in readable() else why_left_out(kind, format)
+    return None if format in readable() else why_left_out(ending(entry.name), format)
 
 
 def _instead(left_out: Counter) -> str:

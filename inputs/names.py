@@ -48,13 +48,16 @@ class NameWriter:
         self.offsets = array("q")
         self.count = 0
 
-    def add(self, names: Iterable[str]) -> None:
+    def add(self, names: Sequence[str]) -> None:
         chunk = bytearray()
-        for name in names:
+        first = 0
+        while first < len(names):
             if self.count % BLOCK == 0:
                 self.offsets.append(self._writer.position + len(chunk))
-            chunk += os.fsencode(name) + b"\0"
-            self.count += 1
+            block = names[first : first + BLOCK - self.count % BLOCK]
+            chunk += os.fsencode("\0".join(block)) + b"\0"
+            first += len(block)
+            self.count += len(block)
         self._writer.add(chunk)
 
     def close(self) -> None:

@@ -172,7 +172,7 @@ def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
             sizes.append(member.size)
             starts.append(len(labels))
             labels.extend(number.setdefault(name, len(number)) for name in tally.labels(shard, member))
-        names.add(member.name for member in found.members)
+        names.add([member.name for member in found.members])
         report.add(len(found.members))
     report.close()
     names.close()
