@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from config import Config, UsageError
+from config import Config, UsageError, as_usage
 from config.recipes import load_recipe
 from datasets import Source, build_source
 from inputs.splits import find_split
@@ -100,12 +100,14 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     if config.data_set != "folder" or config.labels or "train_split" in said:
         return []
     root = Path(config.data_path)
-    found = find_split(root, "train", "train")
+    with as_usage():
+        found = find_split(root, "train", "train")
+        val = found and find_split(root, "val", "val")
     train = "." if found is None else found.relative_to(root).as_posix()
     rows: list[Row] = [("train_split", train, "the folder of class folders to train on")]
     if {"val_split", "val_per_class", "val_share"} & {*said}:
         return rows
-    if found is not None and (val := find_split(root, "val", "val")):
+    if val:
         name = val.relative_to(root).as_posix()
         return [*rows, ("val_split", name, "the folder of class folders to validate on")]
     why = "there is no validation set: about so many of each class, at most a tenth of it, are held out by their names"

@@ -95,7 +95,7 @@ class BadFiles:
             return len(self.names)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = message.replace("\n", " ") + "\n"
-        recorded = self._recorded()
+        recorded = self.recorded()
         if not any(other.startswith(name + ": ") for other in recorded):
             # One write to a file opened for appending: lines of several processes do not mix.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -103,10 +103,11 @@ class BadFiles:
                 os.write(descriptor, line.encode("utf-8", "surrogateescape"))
             finally:
                 os.close(descriptor)
-            recorded = self._recorded()
+            recorded = self.recorded()
         return len(recorded)
 
-    def _recorded(self) -> set[str]:
+    def recorded(self) -> set[str]:
+        """The lines of the record: a file and its fault each."""
         try:
             return set(self.path.read_text("utf-8", "surrogateescape").splitlines())
         except FileNotFoundError:

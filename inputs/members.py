@@ -156,7 +156,7 @@ def _stated(path: str, own: dict[str, bytes], label_key: str, result: Scan) -> t
                     return label, False
             elif kind == ".cls" or ".json" not in own:  # beside a .json, a .txt is img2dataset's caption
                 return (text if text and len(text) <= LONGEST and "\n" not in text else None), kind == ".txt"
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"--data_path: {path}: a side file {match} cannot be read: {error}") from None
     return None, False
 

@@ -91,7 +91,7 @@ def read_table(
     try:
         stamp = path.stat().st_mtime_ns
         return _cached(path, stamp, tuple(columns) if columns else None, separator, several)
-    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 from conftest import ROOT, flags, write_images
 from PIL import Image
 
+from commands.predict import find_images
 from config import Config
 from datasets import build_source, describe_data
 from inputs.decode import BadImage, decode
@@ -185,6 +187,17 @@ def test_content_decides(tmp_path, kind):
         archive.add(tmp_path / "a", "a")
     tar = TarIndex(tmp_path / "a.tar")
     assert len(tar) == 4 and tar.contents()[1] == {".txt": 1}
+
+
+def test_predict_takes_images_by_their_content(tmp_path, capsys):
+    put(tmp_path, **{"a.weird": JPEG, "deep/b.JPG": JPEG, "c.txt": b"text", ".d.jpg": JPEG})
+    os.mkfifo(tmp_path / "e.jpg")
+    assert find_images(str(tmp_path)) == [str(tmp_path / "a.weird"), str(tmp_path / "deep/b.JPG")]
+    line = capsys.readouterr().err
+    assert "1 .txt" in line and "1 .jpg" in line
+    put(tmp_path, **{"data/a/1.jpg": JPEG})
+    os.mkfifo(tmp_path / "data/a/2.jpg")
+    assert len(FolderIndex(tmp_path / "data")) == 1  # nor does a run wait for one
 
 
 def test_text_is_no_image():

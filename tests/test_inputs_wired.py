@@ -87,7 +87,7 @@ def test_a_broken_image_is_named_and_replaced_within_the_budget(main_program, tr
     (data / "train" / "class_0" / "03.jpg").write_bytes(b"not an image")
     run = train("within", data_path=data, epochs=1)
     assert "class_0/03.jpg" in (run.output / "bad_files.txt").read_text()
-    capsys.readouterr()
+    assert "1 unreadable training images replaced (bad_files.txt)" in capsys.readouterr().out
     assert main_program(flags(data_path=data, output_dir=tmp_path / "beyond", epochs=1, max_bad=0)) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert "class_0/03.jpg" in error and "--max_bad" in error

@@ -363,6 +363,7 @@ def test_img2dataset(tmp_path):
         ),
         ([("1.jpg", b""), ("1.json", b"{")], r"side file \.json cannot be read"),
         ([("1.jpg", b""), ("1.json", b'{"label": null}')], "state no label"),
+        ([("1.jpg", b""), ("1.json", b"[" * 100_000)], r"side file \.json cannot be read"),
         ([("a/1.jpg", b""), ("b/2.jpg", b""), ("b/2.cls", b"x")], "no side file that states a label"),
         ([("1.jpg", b""), ("1.json", b'{"label": [1, 2]}')], "several labels"),
     ],

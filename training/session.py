@@ -14,6 +14,7 @@ from config import Config
 from curriculum import Pass, Plan, set_input_size
 from datasets import Source
 from engine import Training
+from inputs.bad_files import FILE_NAME, BadFiles
 from inputs.views import fingerprint
 from training.build import make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
@@ -244,5 +245,8 @@ class Session:
     def done(self) -> int:
         if self.topology.is_main:
             best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
-            print(f"done in {duration_text(time.perf_counter() - self.started)}{best}: {self.output}", flush=True)
+            bad = len(BadFiles(folder=self.output).recorded())
+            replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
+            took = duration_text(time.perf_counter() - self.started)
+            print(f"done in {took}{best}{replaced}: {self.output}", flush=True)
         return 0
