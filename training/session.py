@@ -73,7 +73,8 @@ class Session:
             if record.index == len(plan) - 1
             or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
         ]
-        self.images = {part: fingerprint(source) for part, source in zip(("train", "val"), self.sources)}
+        parts = zip(("train", "val"), self.sources) if topology.is_main else ()
+        self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
