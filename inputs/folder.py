@@ -15,6 +15,7 @@ import numpy as np
 from inputs.formats import ENDINGS, ending, hidden, listed, readable, sniff, why_left_out
 from inputs.index_file import INDEX_NAME, IndexFile, IndexWriter, Progress, open_or_build
 from inputs.names import NameWriter, hash_of, natural, packed_name, packed_names
+from inputs.splits import choose
 
 THREADS = 16  # for listing and checking folders: what a network file system needs to hide its latency
 FORMAT = 2  # of what the index holds; others are built again
@@ -170,11 +171,12 @@ def list_tree(root: str) -> Iterator[tuple[str, list[Directory]]]:
         raise ValueError(f"{root} has {len(empty)} class folders without images: {_first(empty)}; remove or fill them")
     if nested:
         name, found = nested[0]
+        split = choose([name for name, _ in nested], "train", "train")
         inner = sorted({os.path.relpath(d.path, name).split(os.sep)[0] for d in found if d.names})
         raise ValueError(
             f"--data_path: {len(nested)} class folders of {root} hold no images, only folders: "
             f"{_first([name for name, _ in nested])} ({name} holds {_first(inner)}). If those are the classes, name "
-            f"the folder they lie in (--train_split {name}); else move the images up into the class folders, or write "
+            f"the folder they lie in (--train_split {split or name}); else move the images up into the class folders, or write "
             "their labels in a table (--labels FILE.csv)"
         )
 
