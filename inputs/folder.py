@@ -176,8 +176,8 @@ def list_tree(root: str) -> Iterator[tuple[str, list[Directory]]]:
         raise ValueError(
             f"--data_path: {len(nested)} class folders of {root} hold no images, only folders: "
             f"{_first([name for name, _ in nested])} ({name} holds {_first(inner)}). If those are the classes, name "
-            f"the folder they lie in (--train_split {split or name}); else move the images up into the class folders, or write "
-            "their labels in a table (--labels FILE.csv)"
+            f"the folder they lie in (--train_split {split or name}); else move the images up into the class folders, "
+            "or write their labels in a table (--labels FILE.csv)"
         )
 
 
