@@ -32,6 +32,8 @@ of the plan's clock), "20 passes" over the data, 20% of the run, or "500 steps".
 """
 # The settings with which nearly every run begins; --help shows them first.
 FIRST = ("data_path", "output_dir", "model", "curriculum", "epochs", "batch_size", "micro_batch", "lr", "plan")
+# Values whose type says too little; all other floats or strings are durations.
+WRITTEN = {"val_share": "X%"}
 
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -119,7 +121,7 @@ def _short(error: Exception) -> str:
     if match := re.match(r'Parser key "(\w+)(?:\.\w+)*":', text):
         value = re.search(r"Given value: (.*)$|Got value: (.*)$", text)
         got = f" is {value[1] or value[2]!s}" if value else ""
-        return f"--{match[1]}{got}; write --{match[1]} {written(get_type_hints(Config)[match[1]])}"
+        return f"--{match[1]}{got}; write --{match[1]} {WRITTEN.get(match[1]) or written(get_type_hints(Config)[match[1]])}"
     return text
 
 
@@ -146,7 +148,8 @@ def _parser() -> ArgumentParser:
         group = first if name in FIRST else groups[name]
         kind = types[name]
         text = " ".join(lines[name].split())
-        group.add_argument(f"--{name}", type=kind, default=fields[name].default, metavar=written(kind), help=text)
+        value = WRITTEN.get(name) or written(kind)
+        group.add_argument(f"--{name}", type=kind, default=fields[name].default, metavar=value, help=text)
     return parser
 
 

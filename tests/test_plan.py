@@ -132,8 +132,8 @@ def test_a_plan_is_shown_in_a_few_lines():
     plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
     lines = repr(plan).splitlines()
     assert len(lines) == 4 and str(plan) == repr(plan)
-    assert lines[0] == "Plan: efficienttrain++, 200 epochs at base size 224, 1,281,167 images, 141,731 steps"
-    assert lines[1].startswith("  B 96: 217.8 passes, 67,944 steps of 4,096 images")
+    assert lines[0] == "Plan: efficienttrain++, 200 epochs at base size 224, 1,281,167 images, 141,827 steps"
+    assert lines[1].startswith("  B 96: 217.8 passes, 67,946 steps of 4,096 images")
 
 
 def test_table_and_summary_of_a_plan_by_default():

@@ -18,6 +18,7 @@ from conftest import TINY, script, write_images
 import commands.evaluate
 import commands.plan
 import commands.predict
+import datasets
 import main
 import training.build
 import training.session
@@ -343,6 +344,26 @@ def _(make):
 wired("train_split", "val", lambda p: len(p.source), 15)
 wired("val_split", "train", lambda p: len(p.held_out), 48)
 wired("val_per_class", 1, lambda p: (len(p.source), len(p.held_out)), (45, 3))
+wired("val_share", "10%", lambda p: len(p.source) + len(p.held_out), 48)
+wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None))
+wired("label_columns", ["a", "b"], lambda p: opened(p)["table"][1], labels="table.csv")
+wired("label_separator", "|", lambda p: opened(p)["table"][2], labels="table.csv")
+wired("label_key", "species", lambda p: opened(p)["key"])
+
+
+def opened(p):
+    """With what the training set is opened: the arguments of its table, if there is one, and the key of labels."""
+    taken = {}
+    tables, sources = datasets.read_table, datasets.open_source
+    datasets.read_table = lambda *arguments: arguments
+    datasets.open_source = lambda *arguments: (
+        taken.update(table=arguments[5], key=arguments[6]) or sources(*arguments[:5])
+    )
+    try:
+        assert len(p.source) == 48
+    finally:
+        datasets.read_table, datasets.open_source = tables, sources
+    return taken
 
 
 @special("data_path")
