@@ -120,8 +120,8 @@ def _short(error: Exception) -> str:
     text = " ".join(str(error).split())
     if match := re.match(r'Parser key "(\w+)(?:\.\w+)*":', text):
         value = re.search(r"Given value: (.*)$|Got value: (.*)$", text)
-        got = f" is {value[1] or value[2]!s}" if value else ""
-        return f"--{match[1]}{got}; write --{match[1]} {WRITTEN.get(match[1]) or written(get_type_hints(Config)[match[1]])}"
+        got, name = f" is {value[1] or value[2]}" if value else "", match[1]
+        return f"--{name}{got}; write --{name} {WRITTEN.get(name) or written(get_type_hints(Config)[name])}"
     return text
 
 
