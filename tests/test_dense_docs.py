@@ -1,4 +1,4 @@
-"""docs/dense.md from start to end, its commands run in order on scenes made on the spot; and the dense demo's script."""
+"""docs/dense.md from start to end, its commands run in order on scenes made on the spot; the dense demo, cut short."""
 
 import json
 import re
