@@ -95,6 +95,15 @@ def _commit() -> str:
         return "not a git checkout"
 
 
+SCORES = {"detection": ("test_box_AP", "box AP"), "segmentation": ("test_mIoU", "mIoU")}
+OTHERS = {
+    None: {"test_acc5": "top-5"},
+    "supervised": {"test_acc5": "top-5"},
+    "detection": {"test_mask_AP": "mask AP"},
+    "segmentation": {"test_mAcc": "mean accuracy"},
+}
+
+
 def save_samples(path: Path, images: torch.Tensor) -> None:
     """Writes the first images (uint8 (N, 3, S, S)) as a row of a PNG."""
     row = torch.cat(list(images[:SAMPLES].cpu()), dim=2)
@@ -118,8 +127,9 @@ def write_report(output: Path) -> Path:
         _cards(output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         "<h2>Stages</h2>" + _stages(settings, plan, records),
+        _classes(records),
         "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
-        "<h2>What the network saw</h2>" + _samples(output, plan),
+        "<h2>What the network saw</h2>" + _samples(output, settings, plan),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -142,8 +152,9 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
-    scores = [record[key] for record in at_base for key in ("test_acc1", "test_acc1_ema") if key in record]
-    score = (f"{max(scores):.2f} %" if scores else "–", f"best top-1 at {base} pixels")
+    key, name = _score(settings)
+    scores = [record[k] for record in at_base for k in (key, f"{key}_ema") if record.get(k) is not None]
+    score = (f"{max(scores):.2f} %" if scores else "–", f"best {name} at {base} pixels")
     if settings.get("task") == "mae":
         score = (f"{at_base[-1]['test_loss']:.4f}" if at_base else "–", f"reconstruction loss at {base} pixels")
     total = plan["total"]
@@ -157,6 +168,24 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     if total["params"]:
         cards.append((f"{total['params'] / 1e6:.1f} M", f"parameters; {total['flops'] / 1e9:.2f} G multiply-adds"))
     return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+
+
+def _score(settings: dict[str, Any]) -> tuple[str, str]:
+    """The log's key of the score by which runs are judged, and its name."""
+    return SCORES.get(settings.get("task"), ("test_acc1", "top-1"))
+
+
+def _classes(records: list[dict[str, Any]]) -> str:
+    """The last evaluation's scores of every class, where they are measured."""
+    classes = next((record["per_class"] for record in reversed(records) if "per_class" in record), None)
+    if not classes:
+        return ""
+    columns = list(next(iter(classes.values())))
+    rows = [
+        [name, *("–" if values[key] is None else f"{values[key]:.2f}" for key in columns)]
+        for name, values in classes.items()
+    ]
+    return "<h2>Classes</h2>" + _table(["class", *(f"{key.replace('_', ' ')}, %" for key in columns)], rows, names=1)
 
 
 def _card(value: str, label: str) -> str:
@@ -177,10 +206,17 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
         return drawn or [Series("none yet", [])]
 
     loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
-    accuracy = {"test_acc1": "top-1", "test_acc1_ema": "top-1, average", "test_acc5": "top-5"}
+    key, name = _score(settings)
+    accuracy = {key: name, f"{key}_ema": f"{name}, average", **OTHERS.get(settings.get("task"), {})}
     throughput = chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True)
     if settings.get("task") == "mae":
         return [chart("Reconstruction, at each stage's size", loss, x, "mean squared error", WIDTH, HEIGHT), throughput]
+    if settings.get("task") in SCORES:
+        return [
+            chart("Loss", loss, x, "sum of all losses", WIDTH, HEIGHT),
+            chart("Scores", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
+            throughput,
+        ]
     return [
         chart("Loss (of training, on mixed images)", loss, x, "cross entropy", WIDTH, HEIGHT),
         chart("Accuracy, at each stage's size", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
@@ -192,7 +228,8 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
 def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """One row for each stage: what was planned, and what was measured so far."""
     rows, first = [], 0
-    key, head = ("test_loss", "test loss") if settings.get("task") == "mae" else ("test_acc1", "top-1, %")
+    key, name = _score(settings)
+    key, head = ("test_loss", "test loss") if settings.get("task") == "mae" else (key, f"{name}, %")
     for number, stage in enumerate(plan["stages"], 1):
         mine = [record for record in records if first < record["step"] <= first + stage["steps"]]
         first += stage["steps"]
@@ -229,7 +266,7 @@ def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     return _table(heads, rows)
 
 
-def _samples(output: Path, plan: dict[str, Any]) -> str:
+def _samples(output: Path, settings: dict[str, Any], plan: dict[str, Any]) -> str:
     figures = []
     for number, stage in enumerate(plan["stages"], 1):
         first = stage["magnitude"][0]
@@ -238,6 +275,11 @@ def _samples(output: Path, plan: dict[str, Any]) -> str:
         more = "(first images of the stage, cropped, augmented, erased and mixed)"
         figures.append(_figure(output / "samples" / f"stage-{number}.png", about, more))
         answers = "validation images, what the model saw of them, and what it predicted (HOG: below that of the images)"
+        if settings.get("task") in SCORES:
+            more, answers = (
+                "(first images of the stage, cropped and resized)",
+                "validation images, with what was predicted",
+            )
         figures.append(_figure(output / "samples" / f"stage-{number}-answers.png", f"stage {number}", answers))
     return "".join(figures) or "<p>Nothing yet.</p>"
 
