@@ -36,6 +36,7 @@ from training.build import (
     number_of_classes,
     open_sources,
     place,
+    synchronise,
 )
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
@@ -116,7 +117,7 @@ def prepare(config: Config, topology: Topology) -> Session | None:
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     replay = describe_replay(config, plan)
     torch.manual_seed(derive_seed(config.seed))
-    model = build(size_of_weights(plan, state))
+    model = synchronise(build(size_of_weights(plan, state)), topology)
     if config.finetune and state is None:
         finetune(config, model, topology)
     if config.linear_probe:

@@ -49,6 +49,8 @@ def check_settings(config: Config) -> None:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
     if isinstance(config.epochs, float | int) and config.epochs <= 0:
         raise UsageError(f"--epochs is {config.epochs}; it must be above 0")
+    if config.suggest and isinstance(config.epochs, str):
+        raise UsageError(f"--epochs is {config.epochs!r}; --suggest needs a number of epochs")
     if config.task == "mae":
         _check_mae(config)
     if config.task in DENSE_TASKS:

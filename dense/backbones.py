@@ -112,6 +112,7 @@ class Body(nn.Module):
 class OnBody(nn.Module):
     """A body with something on it: what the optimizer's parameter groups ask of a model, and who loads weights."""
 
+    sync_batch_norm = True  # over the devices that share a batch
     class_names: str  # pattern of the layers that predict classes
 
     def __init__(self, body: Body) -> None:

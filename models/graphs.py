@@ -45,6 +45,8 @@ def export_graph(source: str, out: str | Path, form: str, size: int | None = Non
     settings, classes = content.get("config"), content.get("classes")
     if not isinstance(settings, dict) or not classes:
         raise ValueError(f"{source} is not a checkpoint of this project, so its model cannot be built from it")
+    if settings.get("task") in ("detection", "segmentation"):
+        raise ValueError(f"{source} is a {settings['task']} checkpoint: export it by python -m dense.export")
     size = size or settings["eval_size"] or settings["input_size"]
     outputs = settings["num_classes"] or len(classes)
     model = create_model(settings["model"], outputs, size, **(settings["model_args"] or {}))

@@ -292,6 +292,13 @@ def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model:
     )
 
 
+def synchronise(model: nn.Module, topology: Topology) -> nn.Module:
+    """BatchNorm over all devices in a model that asks for it: a detector's heads see few images on each. CUDA only."""
+    if getattr(model, "sync_batch_norm", False) and topology.world_size > 1 and topology.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
+
+
 def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
     """The model on its device, in the memory format asked for."""
     model.to(device)
