@@ -290,8 +290,11 @@ def build_plan(
     )
     if plan.warmup_progress >= 1:
         raise ValueError(f"`warmup` {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
-    drops = plan._drops
-    if any(not 0 < drop < plan.total_steps for drop in drops) or drops != sorted(set(drops)):
+    drops, durations = plan._drops, [parse_duration(duration) for duration in lr_steps]
+    shares = all(unit == "%" and 0 < value < 100 for value, unit in durations)  # few steps may not tell them apart
+    if any(not 0 < drop < plan.total_steps + shares for drop in drops) or drops != sorted(
+        drops if shares else {*drops}
+    ):
         raise ValueError(
             f"`lr_steps` {' '.join(map(str, lr_steps))}: they must rise, within the run of {epochs:g} epochs"
         )

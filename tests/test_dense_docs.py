@@ -1,4 +1,4 @@
-"""docs/dense.md from start to end, its commands run in order on scenes made on the spot; and the demo's script."""
+"""docs/dense.md from start to end, its commands run in order on scenes made on the spot; the dense demo, cut short."""
 
 import json
 import re
@@ -15,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import dense_data
 from dense_data import CLASSES, scenes
+
+from dense import export
 
 # What a CPU can bear: a narrow body and head, small images, an optimizer step or four.
 BODY = [
@@ -66,6 +68,9 @@ def test_the_page_s_commands_lead_to_predictions(site, main_program, monkeypatch
     monkeypatch.chdir(site)
     said = {}
     for words in commands("docs/dense.md"):
+        if words[:3] == ["python", "-m", "dense.export"]:
+            assert export.main(words[3:]) == 0 and (site / words[4]).stat().st_size > 10_000
+            continue
         assert words[:2] == ["python", "main.py"], words
         arguments = words[2:]
         recipe = Path(arguments[1]).stem if arguments[0] == "--recipe" else None

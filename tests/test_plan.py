@@ -521,6 +521,15 @@ def test_poly_schedule_is_mmsegmentations_with_warmup_as_a_factor():
         assert plan.lr_at(step) == pytest.approx(6e-5 * (1 - step / 160000) * warm, rel=2e-3 if step == 1 else 1e-5)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 40])
+def test_steps_given_as_shares_fit_a_run_of_any_length(steps):
+    options = {"num_images": 320, "batch_size": 8, "base_size": 64, "epochs": f"{steps} steps", "lr": 1.0, "warmup": 0}
+    plan = build_plan("none", **options, schedule="steps", lr_steps=("67%", "92%"))
+    lrs = [plan.lr_at(step) for step in range(plan.total_steps)]
+    assert plan.total_steps == steps and lrs[0] == 1 and lrs == sorted(lrs, reverse=True)
+    assert steps < 40 or (lrs[26], lrs[27], lrs[36], lrs[37]) == (1, 0.1, 0.1, pytest.approx(0.01))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
