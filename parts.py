@@ -20,6 +20,7 @@ from inputs.finish import Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
+from optimizer_state import load_optimizer_state
 from tasks import Classification, Reconstruction, Task
 
 
@@ -182,9 +183,9 @@ def load_state(
         if ema is not None:
             ema.module.load_state_dict(state["model_ema"] or state["model"])
         if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
-            optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(optimizer, state["optimizer"])
         if scaler.is_enabled() and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise BadCheckpoint(f"the checkpoint of step {state['step']} does not fit these settings: {reason}") from None
