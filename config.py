@@ -118,6 +118,11 @@ class DataConfig:
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
+    mean: tuple[float, float, float] | None = None
+    """By which pixels, in [0, 1], are normalised, per channel; default: what the weights were trained with that the run
+    starts from, ImageNet's without any."""
+    std: tuple[float, float, float] | None = None
+    """The deviation that goes with --mean."""
     pipeline: Literal["exact", "fast"] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
     augment_on: Literal["host", "device"] = "host"
@@ -271,8 +276,8 @@ def parse_config(argv: list[str]) -> Config:
     parser.add_argument("--recipe", type=str | None, help="YAML file of settings; flags override it")
     for group in GROUPS:
         parser.add_class_arguments(group, as_group=True)
-    recipe = _value_of("--recipe", argv)
     try:
+        recipe = _value_of("--recipe", argv)
         settings = load_recipe(recipe) if recipe else {}
         _refuse_unknown(settings, f"recipe {recipe}")
         _refuse_unknown([flag for flag in _flags(argv) if flag not in ("recipe", "help")], "command line")
@@ -281,6 +286,12 @@ def parse_config(argv: list[str]) -> Config:
         except ArgumentError as error:
             raise ValueError(f"recipe {recipe}: {_short(error)}") from None
         values = vars(parser.parse_args(argv, namespace=known))
+        name = str(settings.get("model", ""))
+        if (":" in name or "/" in name) and "model" not in _flags(argv):
+            raise ValueError(
+                f"recipe {recipe} asks for the model {name}, which is code from outside this project; if you trust it, "
+                f"name it on the command line: --model {name}"
+            )
     except (ArgumentError, ValueError, OSError) as error:
         sys.exit(usage_error(_short(error)))
     values.pop("recipe")
@@ -328,11 +339,14 @@ def _flags(argv: list[str]) -> list[str]:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    for place, arg in enumerate(argv):
-        if arg == flag and place + 1 < len(argv):
-            return argv[place + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
+    """The value of a flag, None if it is not given. Raises ValueError if it is given twice."""
+    places = [place for place, arg in enumerate(argv) if arg == flag or arg.startswith(flag + "=")]
+    if len(places) > 1:
+        raise ValueError(f"{flag} is given twice: name one file, which may extend others (extends: [a.yaml, b.yaml])")
+    for place in places:
+        _, equals, value = argv[place].partition("=")
+        if equals or place + 1 < len(argv):
+            return value if equals else argv[place + 1]
     return None
 
 

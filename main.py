@@ -107,9 +107,14 @@ def train(config: Config, topology: Topology) -> int:
     model = make_model(config, classes, size_of_weights(plan, state))
     if config.finetune and state is None:
         checkpoints.verify_own(config.finetune)
-        report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
+        names = None if config.task == "mae" else sources[0].classes
+        report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=names)
+        config = replace(config, mean=config.mean or report.mean, std=config.std or report.std)
         if topology.is_main:
             print(report)
+    elif state is not None:
+        trained = {key: getattr(config, key) or state["config"].get(key) for key in ("mean", "std")}
+        config = replace(config, **trained)
     if config.linear_probe:
         freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)

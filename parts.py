@@ -16,10 +16,11 @@ from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_i
 from datasets import Source, TrainSet, training_batches
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
+from models.weights import nonfinite
 from optimizer_state import load_optimizer_state
 from tasks import Classification, Reconstruction, Task
 
@@ -142,6 +143,8 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
     return Finish(
         num_classes=num_classes,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
         operator=operator,
         base_size=config.input_size,
         erasing=config.reprob,
@@ -178,6 +181,12 @@ def load_state(
 
     A moving average that the checkpoint lacks starts from its weights; the state of another optimizer is not taken.
     """
+    for key in ("model", "model_ema"):
+        if bad := nonfinite(state[key] or {}):
+            raise BadCheckpoint(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {key} {bad[0]}: take an "
+                "earlier one"
+            )
     try:
         model.load_state_dict(state["model"])
         if ema is not None:

@@ -5,8 +5,6 @@ IdentityFormer mixes no tokens at all, RandFormer by a fixed random matrix; both
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.metaformer import GroupNorm1NoBias, MetaFormer, MlpHead
@@ -31,10 +29,13 @@ class Nothing(nn.Identity):
 
 
 class RandomMixing(nn.Module):
-    """Mixes the ``tokens`` positions of a map (B, C, H, W) by a random matrix that does not train."""
+    """Mixes the positions of a map (B, C, H, W) by a random matrix that does not train."""
 
-    def __init__(self, dim: int, tokens: int = 196, **_):
+    tokens = 14 * 14  # of the third stage at 224 pixels
+
+    def __init__(self, dim: int, **_):
         super().__init__()
+        tokens = self.tokens
         self.random_matrix = nn.Parameter(torch.softmax(torch.rand(tokens, tokens), dim=-1), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,9 +44,15 @@ class RandomMixing(nn.Module):
         return torch.einsum("mn,bcn->bcm", self.random_matrix, x.flatten(2)).view_as(x)
 
 
+class LastRandomMixing(RandomMixing):
+    """The same in the fourth stage."""
+
+    tokens = 7 * 7
+
+
 _MIXERS = {
     "identityformer": [Nothing] * 4,
-    "randformer": [Nothing, Nothing, RandomMixing, partial(RandomMixing, tokens=49)],
+    "randformer": [Nothing, Nothing, RandomMixing, LastRandomMixing],
 }
 default_cfgs = generate_default_cfgs(
     {f"{kind}_{size}": config(first_conv="stem.conv", classifier="head.fc") for kind in _MIXERS for size in _sizes}

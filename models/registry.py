@@ -104,6 +104,30 @@ def check_name_from_file(name: Any, arguments: Any, source: str) -> None:
             raise ValueError(f"{source} gives the model an argument that no file may set: {key} {str(value)[:100]}")
 
 
+def build_from_file(
+    name: str, classes: int, input_size: int, arguments: dict[str, Any] | None, state: dict[str, torch.Tensor], source: str
+) -> nn.Module:
+    """The model whose weights ``state`` a file holds, built with bounded work: from a file that may come from anyone.
+
+    Raises:
+        ValueError: it cannot be built, or is far larger than the weights; names the file.
+    """
+    if not 1 <= input_size <= MAX_SIZE:
+        raise ValueError(f"{source} asks for input size {input_size}; if that is meant, name it: --input_size, --eval_size")
+    try:
+        with torch.device("meta"):
+            probe = create_model(name, classes, input_size, **(arguments or {}))
+        needed = sum(tensor.numel() for tensor in probe.state_dict().values())
+        held = sum(tensor.numel() for tensor in state.values())
+        if needed > 2 * held + 1_000_000:
+            raise ValueError(f"it would have {needed:,} numbers, and the file holds {held:,}")
+        return create_model(name, classes, input_size, **(arguments or {}))
+    except Exception as error:  # arguments of another type or size fail wherever a constructor meets them
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{source}: its model {name} cannot be built: {reason}") from None
+
+
+MAX_SIZE = 2048  # pixels a side that a file may ask for
 # timm.create_model's own arguments: they load files, from anywhere, or say where.
 _FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only")
 

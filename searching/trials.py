@@ -74,6 +74,8 @@ def launch(trial: Trial, folder: Path, environment: dict[str, str], held: int, s
         str(ROOT / "main.py"),
         "--recipe",
         str(folder / "trial.yaml"),
+        "--model",  # which may be one's own, and then counts only where it is said
+        trial.config.model,
         "--output_dir",
         str(folder),
     ]

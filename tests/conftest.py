@@ -1,10 +1,13 @@
 """What several tests share: a tiny real image folder, and running main.py inside the test process."""
 
+import atexit
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="efficienttrain_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 # A run of a second or two: 48 images, batches of 8 in groups of 4, sizes 32, 48 and 64.
 TINY = {
