@@ -18,7 +18,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import image, scalar
 
 from curriculum import Epoch, Plan
-from utils import write_text
+from utils import read_text, write_text
 
 
 class RunLog:
@@ -130,7 +130,7 @@ class Board:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.txt; a last line that a kill cut short is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in read_text(path).splitlines():
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:

@@ -33,7 +33,7 @@ from report import environment, plan_picture
 from resuming import checkpoint_to_resume
 from suggest import suggest
 from trainer import Trainer
-from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, stays_stopped, write_text
+from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, read_text, stays_stopped, write_text
 
 
 class UsageError(ValueError):
@@ -180,9 +180,9 @@ def write_suggestion(config: Config, said: set[str]) -> int:
 def load_speeds(path: str) -> dict[int, float]:
     """The file of measured speeds: images that one device trains per second, by input size."""
     try:
-        speeds = json.loads(Path(path).read_text())["images_per_s"]
+        speeds = json.loads(read_text(path, 1 << 20))["images_per_s"]
         return {int(size): float(speed) for size, speed in speeds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(
             f'--speeds {path} must be a file like {{"images_per_s": {{"96": 2500.0, "224": 480.0}}}}'
         ) from None

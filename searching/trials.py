@@ -21,7 +21,7 @@ from typing import Any
 
 from config import Config, to_yaml
 from logs import duration_text, read_log
-from utils import STOPPED, write_text
+from utils import STOPPED, read_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that say where and how a run is carried out, and not what comes out of it.
@@ -135,9 +135,9 @@ class Laboratory:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
+            lines = read_text(self.ledger).splitlines() if self.ledger.exists() else []
             return {entry["key"]: entry for entry in map(json.loads, lines)}
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{self.ledger} is not a ledger of trials ({error}); name another --output") from None
 
     def folder(self, trial: Trial) -> Path:

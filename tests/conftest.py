@@ -98,6 +98,13 @@ def train(main_program, folder, tmp_path):
     return call
 
 
+def checkpoint_fields(**fields):
+    """All that a checkpoint must hold, of a run that has not begun; ``fields`` replace and add to it."""
+    empty = {"model_ema": None, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "step": 0, "epoch": 0}
+    meters = {"loss": [0.0, 0.0], "seconds": 0.0}
+    return {"model": {}, **empty, "best": {"acc1": -1.0}, "meters": meters, "config": {}, **fields}
+
+
 class Run:
     """What a run left in its output folder."""
 

@@ -12,6 +12,9 @@ from inputs.transforms import EvalTransform
 from models import create_model
 
 
+OWN = ("--model", "tests.tiny_models:convnet")  # which no file may name
+
+
 @pytest.fixture(scope="module")
 def checkpoint(folder, main_program, tmp_path_factory):
     from conftest import Run, flags
@@ -40,7 +43,7 @@ def predict(main_program, checkpoint, capsys):
 
     def call(where, *words, resume=checkpoint.output / "checkpoint-last.pth"):
         capsys.readouterr()
-        code = main_program(["--predict", str(where), "--resume", str(resume), "--device", "cpu", *map(str, words)])
+        code = main_program(["--predict", str(where), "--resume", str(resume), "--device", "cpu", *OWN, *map(str, words)])
         out, err = capsys.readouterr()
         return code, [json.loads(line) for line in out.splitlines()], err
 
