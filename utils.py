@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import signal
 import socket
-import stat
 import sys
 import warnings
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from config import UsageError
+
 STOP_NOTE = "stopped.json"
-TEXT_LIMIT = 1 << 28  # bytes of a text file that are read: log.txt of the longest run has a hundredth
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
 
@@ -46,21 +45,21 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
-        ValueError: a device that is not there.
+        UsageError: a device that is not there.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
     if kind not in available:
-        raise ValueError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
+        raise UsageError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
     if not available[kind]:
-        raise ValueError(f"--device {device} is not available here; choose --device cpu or auto")
+        raise UsageError(f"--device {device} is not available here; choose --device cpu or auto")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+            raise UsageError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -136,9 +135,19 @@ def wrap(model: nn.Module, topology: Topology, compile_model: bool) -> nn.Module
     return torch.compile(model, dynamic=False) if compile_model else model
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without data-parallel and compilation wrappers."""
+    model = _uncompiled(model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def no_sync(model: nn.Module):
     """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
-    model = getattr(model, "_orig_mod", model)
+    model = _uncompiled(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
@@ -194,44 +203,6 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(text)
     os.replace(temporary, path)
-
-
-def open_file(path: str | Path) -> BinaryIO:
-    """Opens a file for reading, unbuffered; never waits, as a FIFO or a terminal would make it, and reads no device.
-
-    Raises:
-        OSError: it is not there, must not be read, or is no regular file (links to one are).
-    """
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_NONBLOCK", 0))
-    try:
-        mode = os.fstat(handle).st_mode
-        if not stat.S_ISREG(mode):
-            code = errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL
-            raise OSError(code, "a directory, not a file" if code == errno.EISDIR else "not a regular file", str(path))
-        return open(handle, "rb", buffering=0)
-    except OSError:
-        os.close(handle)
-        raise
-
-
-def read_bytes(path: str | Path, limit: int = TEXT_LIMIT) -> bytes:
-    """A regular file's content.
-
-    Raises:
-        OSError: as :func:`open_file`, or it is larger than ``limit`` bytes.
-    """
-    with open_file(path) as file:
-        if (size := os.fstat(file.fileno()).st_size) > limit:
-            raise OSError(errno.EFBIG, f"{size:,} bytes, more than the {limit:,} that are read", os.fspath(path))
-        return file.read()
-
-
-def read_text(path: str | Path, limit: int = TEXT_LIMIT) -> str:
-    """A regular UTF-8 file's content. Raises OSError as :func:`read_bytes`, and for bytes that are not UTF-8."""
-    try:
-        return read_bytes(path, limit).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise OSError(errno.EILSEQ, "not a text file (UTF-8)", os.fspath(path)) from None
 
 
 def leave_stop_note(output: Path, step: int) -> None:

@@ -12,8 +12,8 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from config.files import open_file
 from inputs.index_file import INDEX_NAME, IndexFile, IndexWriter, Progress, open_or_build
-from utils import open_file
 
 # File names per entry of the offset table: one lookup splits half a KB, and 13 million images need 3 MB of table.
 BLOCK = 32

@@ -34,7 +34,8 @@ def normalisation(
             return mean, std, "as its page on the hub says"
         except Exception:  # a repository without a description; each library has its own for that
             pass
-    if not is_timms(layout) or "fc_norm.weight" in state and "norm.weight" not in state:  # the latter: MAE, fine-tuned
+    fine_tuned_mae = "fc_norm.weight" in state and "norm.weight" not in state
+    if fine_tuned_mae or not is_timms(layout):
         return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, "as its authors do"
     noted = getattr(model, "pretrained_cfg", None)
     if isinstance(noted, Mapping) and noted.get("mean"):

@@ -16,8 +16,8 @@ import torch
 from huggingface_hub.utils import EntryNotFoundError
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, hf_split
 
-import checkpoints
-from utils import open_file
+from config.files import open_file
+from models import checkpoints
 
 from .download import download
 

@@ -37,7 +37,11 @@ ALIASES = {
     "CSWin_96_24322_base_384": "cswin_base_384",
     "CSWin_144_24322_large_224": "cswin_large",
     "CSWin_144_24322_large_384": "cswin_large_384",
-    **{f"{k}_{s}_384": f"{k}_{s}.sail_in1k_384" for k in ("caformer", "convformer") for s in ("s18", "s36", "m36", "b36")},
+    **{
+        f"{k}_{s}_384": f"{k}_{s}.sail_in1k_384"
+        for k in ("caformer", "convformer")
+        for s in ("s18", "s36", "m36", "b36")
+    },
     **{
         f"{kind}_b36{theirs}": f"{kind}_b36.sail_{tag}"
         for kind in ("caformer", "convformer")
@@ -55,8 +59,8 @@ def create_model(
     """Build a classifier for square images, with random weights.
 
     Args:
-        name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name, `hf_hub:owner/name`, or
-            ``package.module:function``, looked up from the working directory too. Such a function takes
+        name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name,
+            `hf_hub:owner/name`, or ``package.module:function``, looked up from the working directory too. Such a function takes
             ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
         num_classes: outputs of the head.
         input_size: pixels per side.
@@ -105,7 +109,12 @@ def check_name_from_file(name: Any, arguments: Any, source: str) -> None:
 
 
 def build_from_file(
-    name: str, classes: int, input_size: int, arguments: dict[str, Any] | None, state: dict[str, torch.Tensor], source: str
+    name: str,
+    classes: int,
+    input_size: int,
+    arguments: dict[str, Any] | None,
+    state: dict[str, torch.Tensor],
+    source: str,
 ) -> nn.Module:
     """The model whose weights ``state`` a file holds, built with bounded work: from a file that may come from anyone.
 
@@ -113,7 +122,9 @@ def build_from_file(
         ValueError: it cannot be built, or is far larger than the weights; names the file.
     """
     if not 1 <= input_size <= MAX_SIZE:
-        raise ValueError(f"{source} asks for input size {input_size}; if that is meant, name it: --input_size, --eval_size")
+        raise ValueError(
+            f"{source} asks for input size {input_size}; if that is meant, name it: --input_size, --eval_size"
+        )
     try:
         with torch.device("meta"):
             probe = create_model(name, classes, input_size, **(arguments or {}))

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints import is_ordinary
 from curriculum.resample import resample
 
+from .checkpoints import is_ordinary
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
 from .heads import classifier_names, fold_norm
 from .normalisation import normalisation
@@ -112,9 +112,8 @@ def load_weights(
     for name, tensor in state.items():
         target = timm_name(layout, name)
         is_head = target is not None and target.startswith(heads)
-        if target is None or (layout is MAE and target.startswith("norm.") and "fc_norm.weight" in own):
-            report.dropped.append(name)
-        elif is_head and order == []:
+        pre_trained_norm = layout is MAE and target is not None and target.startswith("norm.")
+        if target is None or (pre_trained_norm and "fc_norm.weight" in own) or (is_head and order == []):
             report.dropped.append(name)
         elif target not in own:
             (report.dropped if is_head else unexpected).append(name)

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from charts import Series, chart  # noqa: E402
-from logs import duration_text, read_log  # noqa: E402
-from run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
+from training.charts import Series, chart  # noqa: E402
+from training.logs import duration_text, read_log  # noqa: E402
+from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns.
 CIRCUMSTANCES = (

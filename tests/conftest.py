@@ -1,6 +1,7 @@
 """What several tests share: a tiny real image folder, and running main.py inside the test process."""
 
 import atexit
+import importlib.util
 import json
 import os
 import random
@@ -21,6 +22,16 @@ torch.set_num_threads(1)
 # Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests.
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="efficienttrain_tests_")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
+
+def script(name):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
 
 # A run of a second or two: 48 images, batches of 8 in groups of 4, sizes 32, 48 and 64.
 TINY = {
@@ -117,7 +128,7 @@ class Run:
 
     def state(self, name="checkpoint-last.pth"):
         """A checkpoint's content."""
-        import checkpoints
+        from models import checkpoints
 
         return checkpoints.load(self.output / name)
 

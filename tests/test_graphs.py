@@ -9,8 +9,7 @@ import pytest
 import torch
 from conftest import checkpoint_fields
 
-import checkpoints
-from models import create_model, graphs
+from models import checkpoints, create_model, graphs
 from models.export import main
 
 
