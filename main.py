@@ -20,7 +20,7 @@ from commands.evaluate import evaluate_weights
 from commands.plan import make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
-from config import Config, UsageError, to_yaml
+from config import Config, UsageError, as_usage, to_yaml
 from config.checks import check_settings, parse_parts
 from config.command_line import given, parse_config
 from curriculum import Plan, table
@@ -28,6 +28,7 @@ from curriculum.sampler import derive_seed
 from datasets import build_source
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
+from models.check import check_trainable
 from training.build import (
     describe_replay,
     make_model,
@@ -115,6 +116,9 @@ def prepare(config: Config, topology: Topology) -> Session | None:
     config = replace(config, **settle_micro_batch(config, plan, build, topology, state))
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     replay = describe_replay(config, plan)
+    if config.task == "supervised":
+        with as_usage():
+            check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
     model = build(size_of_weights(plan, state))
     if config.finetune and state is None:

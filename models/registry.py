@@ -60,8 +60,8 @@ def create_model(
 
     Args:
         name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name,
-            `hf_hub:owner/name`, or ``package.module:function``, looked up from the working directory too. Such a function takes
-            ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
+            `hf_hub:owner/name`, or ``package.module:function``, looked up from the working directory too. Such
+            a function takes ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
         num_classes: outputs of the head.
         input_size: pixels per side.
         drop_path: stochastic depth rate of the last block, in [0, 1).
