@@ -97,8 +97,8 @@ def check_trainable(build: Callable[[int], nn.Module], classes: int, size: int) 
         unused = _without_gradient(build(size).train(), classes, size, "cpu")
     if unused:
         raise _Fault(
-            f"{len(unused)} parameters of the model get no gradient ({', '.join(sorted(unused)[:3])}): on several devices "
-            "training would fail; use them in forward, freeze them (requires_grad_(False)), or do not make them"
+            f"{len(unused)} parameters of the model get no gradient ({', '.join(sorted(unused)[:3])}): on several "
+            "devices training would fail; use them in forward, freeze them (requires_grad_(False)), or do not make them"
         )
 
 
@@ -112,13 +112,13 @@ def _without_gradient(model: nn.Module, classes: int, size: int, device: str) ->
         out = model(torch.zeros(2, 3, size, size, device=device))
         if not isinstance(out, torch.Tensor):
             raise _Fault(
-                f"the model returns a {type(out).__name__} when it trains, not logits (images, {classes}): return those "
-                "alone, or switch its further outputs off (--model_args)"
+                f"the model returns a {type(out).__name__} when it trains, not logits (images, {classes}): return "
+                "those alone, or switch its further outputs off (--model_args)"
             )
         if out.shape != (2, classes):
             raise _Fault(
-                f"the model's output has shape {tuple(out.shape)} for two images, not (2, {classes}): return logits, and "
-                "take num_classes as an argument"
+                f"the model's output has shape {tuple(out.shape)} for two images, not (2, {classes}): return logits, "
+                "and take num_classes as an argument"
             )
         F.cross_entropy(out.float(), torch.zeros(2, dtype=torch.long, device=device)).backward()
         unused = {name for name, one in model.named_parameters() if one.requires_grad and one.grad is None}
