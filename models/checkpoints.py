@@ -17,6 +17,7 @@ import torch
 from typing_extensions import Required, TypedDict
 
 from config import Config
+from config.checks import check_ranges
 from config.files import open_file
 
 # 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
@@ -213,7 +214,9 @@ def _check_fields(payload: dict[str, Any]) -> None:
     """
     for schema, content, place in ((Checkpoint, payload, ""), (Config, payload.get("config"), ".config")):
         try:
-            msgspec.convert(content, schema, str_keys=schema is Config)
+            typed = msgspec.convert(content, schema, str_keys=schema is Config)
+            if schema is Config:
+                check_ranges(typed)
         except msgspec.ValidationError as error:
             raise ValueError(str(error).replace("`$", f"`{place}").replace("`.", "`")) from None
         except RecursionError:

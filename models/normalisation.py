@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import huggingface_hub
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models._hub import load_model_config_from_hf
+from timm.models._hub import hf_split
 from torch import Tensor, nn
+
+from config.files import read_text
 
 from .formats import Layout, is_timms
 
@@ -30,7 +34,9 @@ def normalisation(
     hub = re.match(r"(?:hf[_-]hub:|(?=timm/))([^/]+/[^/]+)$", source)
     if hub:
         try:
-            mean, std = _pair(load_model_config_from_hf(hub[1])[0])
+            name, revision = hf_split(hub[1])
+            about = json.loads(read_text(huggingface_hub.hf_hub_download(name, "config.json", revision=revision)))
+            mean, std = _pair(about["pretrained_cfg"])
             return mean, std, "as its page on the hub says"
         except Exception:  # a repository without a description; each library has its own for that
             pass

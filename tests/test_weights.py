@@ -352,6 +352,7 @@ def test_urls_and_the_hub(tmp_path, monkeypatch):
     assert asked == [
         ("someone/model", "model.safetensors", "v2"),
         ("someone/model", "pytorch_model.bin", "v2"),
+        ("someone/model", "config.json", "v2"),  # which says how images were normalised
         ("someone/model", "sub/file.pth", None),
     ]
     with pytest.raises(ValueError, match=r"hf_hub:someone/model/model.safetensors: cannot be downloaded \(404\)"):
