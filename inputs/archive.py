@@ -9,16 +9,16 @@ LIMIT = 1 << 20  # bytes of a header's extension (a long name, pax records) or o
 
 
 class Archive(tarfile.TarFile):
-    """An uncompressed archive; what breaks the rules of the format is a `tarfile.ReadError`, as a cut one is."""
+    """An uncompressed archive; what breaks the rules of the format is a `tarfile.HeaderError`."""
 
     def next(self) -> tarfile.TarInfo | None:
         before, first = self.offset, self.firstmember  # which was read when the archive was opened
         try:
             member = super().next()
         except (RecursionError, OverflowError, ValueError, KeyError) as error:  # chains of extensions, odd numbers
-            raise tarfile.ReadError(f"a damaged header at byte {before}: {type(error).__name__}") from None
+            raise tarfile.HeaderError(f"a damaged header at byte {before}: {type(error).__name__}") from None
         if member not in (None, first) and (member.size < 0 or self.offset <= before):
-            raise tarfile.ReadError(f"the member at byte {before} has the size {member.size}")
+            raise tarfile.HeaderError(f"the member at byte {before} has the size {member.size}")
         return member
 
 
@@ -40,5 +40,5 @@ class _Bounded:
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= LIMIT:
-            raise tarfile.ReadError(f"a header asks for {size} bytes")
+            raise tarfile.HeaderError(f"a header asks for {size} bytes")
         return self._file.read(size)

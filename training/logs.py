@@ -134,7 +134,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     for line in read_text(path).splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return records
 
