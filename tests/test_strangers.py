@@ -427,3 +427,17 @@ def test_a_recipe_given_twice_is_refused(tmp_path, main_program, capsys):
         main_program(["--recipe", str(tmp_path / "a.yaml"), f"--recipe={tmp_path / 'a.yaml'}"])
     assert stop.value.code == 2 and "given twice" in capsys.readouterr().err
     assert issubclass(UsageError, ValueError)
+
+
+@pytest.mark.parametrize("name", ["lock", "ledger.jsonl"])
+@pytest.mark.parametrize("poison", ["garbage", "types", "fifo", "device", "folder", "link"])
+def test_a_poisoned_search_folder_is_one_line(tmp_path, folder, capsys, name, poison):
+    output, target = tmp_path / "search", tmp_path / "precious"
+    output.mkdir()
+    target.write_text("kept")
+    make = POISONS.get(poison, lambda path: path.symlink_to(target))
+    make(output / name)
+    command = ["greedy", "--sizes", "32,64", "--output", str(output), "--parallel", "1"]
+    code = script("search").main([*command, *flags(data_path=folder)], launch=lambda *_: 1)
+    err = capsys.readouterr().err
+    assert code == 1 and err.count("\n") == 1 and err.startswith("error: ") and target.read_text() == "kept"
