@@ -78,6 +78,12 @@ def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
         except ArgumentError as error:
             raise ValueError(f"recipe {recipe}: {_short(error)}") from None
         values = vars(parser.parse_args(argv, namespace=known))
+        name = str(content.get("model", ""))
+        if (":" in name or "/" in name) and "model" not in flags:
+            raise ValueError(
+                f"recipe {recipe} asks for the model {name}, which is code from outside this project; if you trust it, "
+                f"name it on the command line: --model {name}"
+            )
     except (ArgumentError, ValueError, OSError) as error:
         sys.exit(usage_error(_short(error)))
     values.pop("recipe")

@@ -117,6 +117,11 @@ class DataConfig:
     """Training: range of the crop's width / height, before it is resized to a square."""
     train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
     """Training: how the crop is resized to the base size; random: one of the two, drawn for each image, as timm's."""
+    mean: tuple[float, float, float] | None = None
+    """By which pixels, in [0, 1], are normalised, per channel; default: what the weights that the run starts from were
+    trained with, ImageNet's without any."""
+    std: tuple[float, float, float] | None = None
+    """The deviation that goes with --mean."""
     pipeline: Literal["exact", "fast"] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
     augment_on: Literal["host", "device"] = "host"

@@ -23,13 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from studies.figures import panels, save  # noqa: E402
 from training.logs import duration_text, read_log, spread  # noqa: E402
+from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns.
 CIRCUMSTANCES = (
@@ -106,18 +105,16 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(path: Path) -> Run | str:
     """A run, or why it is none that counts."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
-        plan = json.loads((path / "plan.json").read_text())
-        records = read_log(path / "log.txt")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings, plan = read_settings(path), read_plan(path)
+        records = check_records(read_log(path / "log.txt"), path / "log.txt")
+        devices = read_environment(path).get("devices", "unknown")
+    except (OSError, ValueError) as error:
         return str(error)
     if not records or records[-1]["progress"] < 1:
         return "not finished"
     last = records[-1]
     if "test_acc1" not in last:
         return "no evaluation at the end"
-    about = path / "environment.json"
-    devices = json.loads(about.read_text())["devices"] if about.exists() else "unknown"
     # The papers evaluate the average where they keep one.
     top1 = last.get("test_acc1_ema", last["test_acc1"])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)

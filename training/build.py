@@ -16,7 +16,7 @@ from datasets import Source, TrainSet, training_batches
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
@@ -162,6 +162,8 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
     return Finish(
         num_classes=num_classes,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
         operator=operator,
         base_size=config.input_size,
         erasing=config.reprob,

@@ -19,6 +19,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import image, scalar
 
+from config.files import read_text
 from curriculum import Pass, Plan
 from utils import write_text
 
@@ -132,10 +133,10 @@ class Board:
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.txt; a last line that a kill cut short is left out."""
     records = []
-    for line in path.read_text().splitlines():
+    for line in read_text(path).splitlines():
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             break
     return records
 

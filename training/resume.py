@@ -16,6 +16,8 @@ from curriculum import Plan
 from engine import Training
 from models import checkpoints
 from models.reading import read_weights
+from models.weights import nonfinite
+from training.optimizer_state import load_optimizer_state
 from utils import Topology, all_sum, from_main, unwrap
 
 MAX_FAILURES = 3  # failed writes in a row after which a run stops: it would otherwise train on with nothing to keep
@@ -70,15 +72,21 @@ def restore(state: dict[str, Any], identity: dict[str, Any], training: Training,
     Raises:
         BadCheckpoint: the checkpoint does not fit the parts.
     """
+    for key in ("model", "model_ema"):
+        if bad := nonfinite(state[key] or {}):
+            raise checkpoints.BadCheckpoint(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {key} {bad[0]}: take an "
+                "earlier one"
+            )
     try:
         training.model.load_state_dict(state["model"])
         if training.ema is not None:
             training.ema.module.load_state_dict(state["model_ema"] or state["model"])
         if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
-            training.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(training.optimizer, state["optimizer"])
         if training.scaler.is_enabled() and state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise checkpoints.BadCheckpoint(
             f"the checkpoint of step {state['step']} does not fit these settings: {reason}"

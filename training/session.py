@@ -227,7 +227,7 @@ class Session:
         if self.topology.is_main:
             try:
                 write_report(self.output)
-            except OSError as error:
+            except (OSError, ValueError) as error:
                 print(f"warning: the report could not be written: {error}", flush=True)
 
     def stopped(self) -> int:
