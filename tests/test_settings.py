@@ -343,7 +343,7 @@ def _(make):
 # -- where the data lie ------------------------------------------------------------------------------------------------
 wired("train_split", "val", lambda p: len(p.source), 15)
 wired("val_split", "train", lambda p: len(p.held_out), 48)
-wired("val_per_class", 1, lambda p: (len(p.source), len(p.held_out)), (45, 3))
+wired("val_per_class", 1, lambda p: len(p.source) + len(p.held_out), 48)
 wired("val_share", "10%", lambda p: len(p.source) + len(p.held_out), 48)
 wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None))
 wired("label_columns", ["a", "b"], lambda p: opened(p)["table"][1], labels="table.csv")
