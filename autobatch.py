@@ -13,7 +13,7 @@ from torch import nn
 
 from config import Config
 from curriculum import CurriculumSampler, Plan
-from engine import Training, forward_loss
+from engine import Training, finished, forward_loss
 from parts import make_finish, make_optimizer, make_task
 from utils import Topology, all_min
 
@@ -118,8 +118,8 @@ def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device
     groups = range(images // training.sampler.micro_batch)
 
     def step() -> None:
-        batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
-        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), epoch, 0, groups)
+        batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8), torch.zeros(images, dtype=torch.long)
+        loss = forward_loss(training, *finished(training, iter([batch]), epoch, [*groups]), 0, groups, [*groups])
         training.scaler.scale(loss).backward()
         training.scaler.step(training.optimizer)
         training.scaler.update()

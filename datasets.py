@@ -22,6 +22,7 @@ from inputs.device import DeviceAugment, DeviceTransform
 from inputs.published import PUBLISHED, open_published
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
+from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, map_classes
 
@@ -127,7 +128,7 @@ def training_batches(
                     batch = buffer.extend(batch, seeds, epoch.replay, epoch.stage)
                 images, targets, *choices = batch
                 if augment is not None:
-                    images = augment(images.to(device, non_blocking=True), choices[0], epoch.input_size)
+                    images = augment(to_device(images, device), choices[0], epoch.input_size)
                 yield images, targets
 
 

@@ -69,15 +69,16 @@ def test_trial_trains_the_real_thing_and_survives_a_lack_of_memory(monkeypatch, 
     plan = build_plan("efficienttrain++", epochs=20, num_images=500, batch_size=16, base_size=64, operator=operator)
     trial = autobatch.Trial(config, plan, lambda size: create_model("test_convnext", 10, size), CPU)
     seen = []
-    real = autobatch.forward_loss
+    real = autobatch.finished
 
-    def limited(training, images, targets, epoch, *rest):
+    def limited(training, batches, epoch, seeds):
+        images, targets = next(batches)
         seen.append(tuple(images.shape))
         if len(images) * epoch.input_size**2 > 8 * 64**2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (a fake)")
-        return real(training, images, targets, epoch, *rest)
+        return real(training, iter([(images, targets)]), epoch, seeds)
 
-    monkeypatch.setattr(autobatch, "forward_loss", limited)
+    monkeypatch.setattr(autobatch, "finished", limited)
     assert autobatch.search(plan, 1, True, trial.fits) == (8, {64: 8, 48: 8, 32: 16})
     assert (8, 3, 64, 64) in seen and ((16, 3, 32, 32) in seen) == (operator == "lanczos")
 
