@@ -26,6 +26,8 @@ from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, map_classes
 
+PREFETCH = 2e9  # bytes of batches that a process's loader workers hold ready, unless one batch of each is more
+
 
 def build_source(config: DataConfig, train: bool) -> Source:
     """The training or the validation set that the settings name.
@@ -113,9 +115,15 @@ def training_batches(
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
-    loader = iter(
-        DataLoader(data, batch_sampler=reading, collate_fn=collate, **loader_options(workers, device.type == "cuda"))
+    whole = plan.operator == "fourier" or augment is not None  # then images come at the base size
+    sides = {epoch.input_size: plan.base_size if whole else epoch.input_size for epoch in plan}
+    largest = max(
+        len(groups) * sampler.micro_batch // epoch.replay * 3 * sides[epoch.input_size] ** 2
+        for epoch in plan
+        for groups in sampler.passes(epoch)
     )
+    options = loader_options(workers, device.type == "cuda", largest)
+    loader = iter(DataLoader(data, batch_sampler=reading, collate_fn=collate, **options))
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
             for groups in sampler.passes(epoch):
@@ -136,20 +144,27 @@ def eval_loader(
     source: Source, transform: EvalTransform, batch_size: int, rank: int, world_size: int, workers: int, pin: bool
 ) -> DataLoader:
     """Every ``world_size``-th image from ``rank`` on: over all processes each image once, none twice."""
+    workers = min(workers, -(-len(source) // (batch_size * world_size)))
+    side = transform.base_size if transform.operator == "fourier" else transform.size
     return DataLoader(
         EvalSet(source, transform),
         batch_size=batch_size,
         sampler=range(rank, len(source), world_size),
-        **loader_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
+        **loader_options(workers, pin, batch_size * 3 * side**2),
     )
 
 
-def loader_options(workers: int, pin: bool) -> dict[str, Any]:
-    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals."""
+def loader_options(workers: int, pin: bool, batch_bytes: int) -> dict[str, Any]:
+    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals.
+
+    Args:
+        batch_bytes: of the largest batch. What is loaded ahead, and page-locked with ``pin``, is bounded by PREFETCH.
+    """
     # Its own generator: starting workers must not draw from the one that drop path uses.
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
     if workers:
-        options.update(prefetch_factor=4, worker_init_fn=_start_worker)
+        ahead = max(1, min(4, int(PREFETCH // (workers * batch_bytes))))
+        options.update(prefetch_factor=ahead, worker_init_fn=_start_worker)
         _end_workers_at_exit()
     return options
 
