@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DataConfig
+from config import DataConfig, as_usage
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
@@ -33,8 +33,13 @@ def build_source(config: DataConfig, train: bool) -> Source:
     """The training or the validation set that the settings name.
 
     Raises:
-        ValueError: data that is not there, or a validation class that is not in training; names the setting.
+        UsageError: data that is not there, or a validation class that is not in training; names the setting.
     """
+    with as_usage():
+        return _build_source(config, train)
+
+
+def _build_source(config: DataConfig, train: bool) -> Source:
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise ValueError("--data_path is not set: name the folder that holds the data set")
     if config.val_per_class:
@@ -111,22 +116,21 @@ def training_batches(
     if any(stage.replay > 1 for stage in plan.stages):
         buffer = ReplayBuffer(replay_memory, pin=device.type == "cuda")
         if sampler.start_step < plan.total_steps and (epoch := plan.locate(sampler.start_step)[0]).replay > 1:
-            side = plan.base_size if plan.operator == "fourier" else epoch.input_size
+            side = plan.loaded_size(epoch.input_size)
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
-    whole = plan.operator == "fourier" or augment is not None  # then images come at the base size
-    sides = {epoch.input_size: plan.base_size if whole else epoch.input_size for epoch in plan}
-    largest = max(
-        len(groups) * sampler.micro_batch // epoch.replay * 3 * sides[epoch.input_size] ** 2
+    batch_bytes = max(
+        len(groups) * sampler.micro_batch // epoch.replay * 3 * side**2
         for epoch in plan
-        for groups in sampler.passes(epoch)
+        for groups in sampler.forward_passes(epoch)
+        for side in [plan.base_size if augment is not None else plan.loaded_size(epoch.input_size)]
     )
-    options = loader_options(workers, device.type == "cuda", largest)
+    options = loader_options(workers, device.type == "cuda", batch_bytes)
     loader = iter(DataLoader(data, batch_sampler=reading, collate_fn=collate, **options))
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
-            for groups in sampler.passes(epoch):
+            for groups in sampler.forward_passes(epoch):
                 batch = next(loader)
                 if epoch.replay > 1:
                     if step < sampler.start_step:

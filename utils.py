@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from config import UsageError
+
 STOP_NOTE = "stopped.json"
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
@@ -43,21 +45,21 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
-        ValueError: a device that is not there.
+        UsageError: a device that is not there.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
     if kind not in available:
-        raise ValueError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
+        raise UsageError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
     if not available[kind]:
-        raise ValueError(f"--device {device} is not available here; choose --device cpu or auto")
+        raise UsageError(f"--device {device} is not available here; choose --device cpu or auto")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+            raise UsageError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -133,9 +135,19 @@ def wrap(model: nn.Module, topology: Topology, compile_model: bool) -> nn.Module
     return torch.compile(model, dynamic=False) if compile_model else model
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without data-parallel and compilation wrappers."""
+    model = _uncompiled(model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def no_sync(model: nn.Module):
     """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
-    model = getattr(model, "_orig_mod", model)
+    model = _uncompiled(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 

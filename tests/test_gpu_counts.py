@@ -14,7 +14,8 @@ from engine import Training, train_epoch
 from inputs.device import NAMES, DeviceAugment
 from inputs.finish import Finish
 from models import create_mae, create_model, param_groups
-from tasks import Classification, Reconstruction
+from training.numerics import LossMeter
+from training.tasks import Classification, Reconstruction
 
 # The most kernels that a step of two forward passes (without the backward passes) may start: a tenth above today's.
 MODELS = {"resnet18": 475, "deit_tiny": 1300, "swin_tiny": 1550, "convnext_atto": 710, "mae": 1300}
@@ -45,6 +46,7 @@ def count_step(model, task=None, **options):
             sampler=sampler,
             device=CUDA,
             task=task,
+            loss=LossMeter(CUDA),
             **options,
         )
         batches = iter(lambda: (pinned(4, 3, SIZE, SIZE), pinned(4, dtype=torch.int64)), None)
