@@ -176,10 +176,11 @@ def loader_options(workers: int, pin: bool, batch_bytes: int) -> dict[str, Any]:
 @cache
 def _end_workers_at_exit() -> None:
     """Loader workers that an error left behind ignore the signal by which Python, at its exit, would end them."""
-    Finalize(None, _kill_children, exitpriority=10)
+    Finalize(None, kill_workers, exitpriority=10)
 
 
-def _kill_children() -> None:
+def kill_workers() -> None:
+    """Ends this process's loader workers at once, whatever they are doing."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()

@@ -12,7 +12,7 @@ import torch
 
 from config import Config
 from curriculum import Pass, Plan, set_input_size
-from datasets import Source
+from datasets import Source, kill_workers
 from engine import Training
 from training.build import make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
@@ -81,14 +81,17 @@ class Session:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        if error is not None and self.topology.world_size > 1:
+            # Nothing may stand between the error and its message: other processes can be waiting for this one.
+            kill_workers()
         try:
             with closing(self.batches):  # ends the loader's workers
                 if isinstance(error, NonFinite):
                     self._report_nonfinite(error)
         finally:
-            self.agreement.close()
             self.watchdog.__exit__(None, None, None)
         if error is None:
+            self.agreement.close()
             self.log.close()
 
     def _report_nonfinite(self, error: NonFinite) -> None:
