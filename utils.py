@@ -59,6 +59,10 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
+        # Blocks that grow: what one stage's sizes leave free then serves the next's. Read when CUDA starts.
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is what torch before 2.9 reads
+        if not any(name in os.environ for name in names):
+            os.environ[names[torch.__version__ < (2, 9)]] = "expandable_segments:True"
         there = torch.cuda.device_count()
         if there == 1:  # each process may be shown its own only; if two share it, NCCL says so
             local_rank = 0
@@ -170,6 +174,12 @@ def no_sync(model: nn.Module):
     """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
     model = _uncompiled(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what the allocator holds in blocks of the sizes of a stage that is over."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 class Agreement:

@@ -14,13 +14,13 @@ from config import Config
 from curriculum import Pass, Plan, set_input_size
 from datasets import Source, kill_workers
 from engine import Training
-from training.build import make_batches
+from training.build import evaluated_passes, make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import Saver, pack
 from training.watchdog import Watchdog
-from utils import STOPPED, Agreement, Topology, from_main, leave_stop_note, unwrap, wrap
+from utils import STOPPED, Agreement, Topology, from_main, leave_stop_note, release_memory, unwrap, wrap
 
 
 @dataclass
@@ -65,12 +65,7 @@ class Session:
         self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
         self.progress = Progress(plan)
         self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
-        self.evaluated = [
-            record.index
-            for record in plan
-            if record.index == len(plan) - 1
-            or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
-        ]
+        self.evaluated = evaluated_passes(plan, config.eval_interval)
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
@@ -107,6 +102,7 @@ class Session:
         if record.input_size != model.input_size:
             training.model = None  # a live data-parallel wrapper would keep its hooks on resized parameters
             set_input_size(model, record.input_size, training.optimizer, training.ema)
+            release_memory(topology.device)
             training.model = wrap(model, topology, self.config.compile)
         if topology.is_main and (self.current is None or record.stage != self.current.stage):
             training.watch = self._save_samples
