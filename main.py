@@ -186,7 +186,7 @@ def run(config: Config, said: set[str]) -> int:
         return show_plan(config)
     if config.suggest:
         return write_suggestion(config, said)
-    topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
+    topology = init_topology(config.device, config.deterministic, config.tf32, timedelta(minutes=config.timeout))
     if config.doctor:
         return diagnose(config, topology)
     if config.predict is not None:

@@ -39,10 +39,12 @@ class Topology:
         return self.rank == 0
 
 
-def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topology:
+def init_topology(device: str, deterministic: bool, tf32: bool, timeout: timedelta) -> Topology:
     """Joins the process group that torchrun's environment describes (none: one process) and takes a device.
 
     Args:
+        deterministic: whether CUDA computes bit-identically each time.
+        tf32: whether CUDA may compute float32 products in TF32.
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
@@ -72,6 +74,8 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
             )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
