@@ -64,8 +64,7 @@ class DeviceAugment:
             places = numbers[:, 0].long()
             for step, (first, last), counts in work:
                 where = places[first:last]
-                done = step(x.index_select(0, where), numbers[first:last, 1:], counts, self.fill)
-                x.index_copy_(0, where, done)
+                x[where] = step(x.index_select(0, where), numbers[first:last, 1:], counts, self.fill)
         x = x.to(torch.uint8)
         return x if self.operator == "fourier" else downsample(x, size, self.operator)
 

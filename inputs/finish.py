@@ -239,7 +239,7 @@ def noise_like(images: torch.Tensor, counts: Sequence[int], seeds: Sequence[int]
 def erase(images: torch.Tensor, rows: torch.Tensor, noise: torch.Tensor) -> None:
     """Puts ``noise`` (n, 3, S, S) into the boxes ``rows[:, :4]`` of the images at the places ``rows[:, 4]``."""
     places = rows[:, 4].long()
-    images.index_copy_(0, places, torch.where(inside(rows, images.shape[-2:]), noise, images.index_select(0, places)))
+    images[places] = torch.where(inside(rows, images.shape[-2:]), noise, images.index_select(0, places))
 
 
 def mix(images: torch.Tensor, targets: torch.Tensor, rows: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ import functools
 import io
 import itertools
 import os
+import runpy
 import signal
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import torch
 from speed import CLASSES, Photos, build, synthetic
 
 import engine
-import main
 from commands import autobatch
 from config import Config
 from config.command_line import parse_config
@@ -27,6 +27,7 @@ from training import session
 from training.build import make_model, make_plan
 from utils import Topology
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"input_size": 64, "batch_size": 16, "micro_batch": 8, "epochs": 2, "lr": 1e-3, "warmup_epochs": 0}
 
 
@@ -91,6 +92,11 @@ def folder_of(machine) -> Path:
     return root
 
 
+@functools.cache
+def main_program():
+    return runpy.run_path(str(ROOT / "main.py"))["main"]
+
+
 def launch(machine, name, **changes) -> tuple[int, str]:
     """main.py with these settings in this process: its exit code and what it printed."""
     values = {
@@ -103,7 +109,7 @@ def launch(machine, name, **changes) -> tuple[int, str]:
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
-            return main.main(argv), printed.getvalue()
+            return main_program()(argv), printed.getvalue()
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

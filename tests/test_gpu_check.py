@@ -77,3 +77,16 @@ def test_wheels_are_what_runs_need_beside_the_machines_own(tmp_path):
     assert not {"torch", "torchvision", "timm", "numpy", "pytest", "matplotlib", "ruff"} & set(names)
     call = (tmp_path / "call").read_text().splitlines()
     assert call[call.index("--python-version") + 1] == "3.12" and call[-1] == str(tmp_path / "wheels")
+
+
+def test_bench_train_tells_rates_and_both_speed_ups(capsys):
+    import bench
+
+    flags = ["--model", "test_resnet", "--model_args", "{}", "--epochs", "2", "--batch_size", "8", "--micro_batch", "8"]
+    args = {"recipe": bench.DEMO, "share": 0.5, "images": 64, "side": 80, "steps": 1, "repetitions": 1}
+    result = bench.train(SimpleNamespace(**args, flags=[*flags, "--num_workers", "0"]))
+    assert set(result["rates"]) == set(result["bare"]) == {"32", "48", "64"}
+    assert all(rate > 0 for rate in (*result["rates"].values(), *result["bare"].values()))
+    assert 1.8 < result["flops"] < 2.2 and result["wall"] > 0
+    assert result["share"] == pytest.approx(result["wall"] / result["flops"], abs=0.01)
+    assert capsys.readouterr().out.count("a bare loop") == 3
