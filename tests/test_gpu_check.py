@@ -83,7 +83,7 @@ def test_bench_train_tells_rates_and_both_speed_ups(capsys):
     import bench
 
     flags = ["--model", "test_resnet", "--model_args", "{}", "--epochs", "2", "--batch_size", "8", "--micro_batch", "8"]
-    args = {"recipe": bench.DEMO, "share": 0.5, "images": 64, "side": 80, "steps": 1, "repetitions": 1}
+    args = {"recipe": str(bench.DEMO), "share": 0.5, "images": 64, "side": 80, "steps": 1, "repetitions": 1}
     result = bench.train(SimpleNamespace(**args, flags=[*flags, "--num_workers", "0"]))
     assert set(result["rates"]) == set(result["bare"]) == {"32", "48", "64"}
     assert all(rate > 0 for rate in (*result["rates"].values(), *result["bare"].values()))
