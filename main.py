@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
+
+from config.command_line import parse_stated
+
+if __name__ == "__main__":
+    parse_stated(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
+
+import json
 import traceback
 from dataclasses import replace
 from datetime import timedelta
@@ -20,13 +26,13 @@ from commands.evaluate import evaluate_weights
 from commands.plan import make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
-from config import Config, UsageError, to_yaml
+from config import Config, UsageError, as_usage, to_yaml
 from config.checks import check_settings, parse_parts
-from config.command_line import given, parse_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
-from datasets import build_source
+from datasets import build_source, describe_data
 from engine import train_epoch
+from inputs.readable import drop_unreadable
 from models import checkpoints, freeze_body, load_weights
 from training.build import (
     describe_replay,
@@ -40,7 +46,7 @@ from training.build import (
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
 from training.report import environment, plan_picture
-from training.resume import checkpoint_to_resume, restore, size_of_weights
+from training.resume import checkpoint_to_resume, class_order, restore, size_of_weights
 from training.session import Session
 from training.validation import is_better, validate
 from utils import (
@@ -99,13 +105,18 @@ def prepare(config: Config, topology: Topology) -> Session | None:
     if stays_stopped(output, topology):
         return None
 
-    # The data and the plan
-    sources = build_source(config, train=True), build_source(config, train=False)
-    classes = number_of_classes(config, sources[0])
-    plan = make_plan(config, len(sources[0]), classes)
-
     # The checkpoint to resume from
     found = checkpoint_to_resume(config, topology)
+    order = class_order(config, found)
+
+    # The data and the plan
+    sources = build_source(config, True, order), build_source(config, False, order)
+    classes = number_of_classes(config, sources[0])
+    plan = make_plan(config, len(sources[0]), classes)
+    with as_usage():
+        sources = sources[0], drop_unreadable(sources[1], config.max_bad)
+    if topology.is_main:
+        print("\n".join(describe_data(config, sources)), flush=True)
     identity = identify(config, plan, sources[0], classes)
     state = None
     if found is not None:
@@ -197,7 +208,7 @@ def run(config: Config, said: set[str]) -> int:
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     try:
-        code = run(parse_config(argv), given(argv))
+        code = run(*parse_stated(argv))
         close_topology()
         return code
     except KeyboardInterrupt:

@@ -129,7 +129,10 @@ def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
         plan.operator,
         RandAugment(),
         scale=config.crop_scale,
+        ratio=config.crop_ratio,
         flip=config.hflip,
+        color_jitter=config.color_jitter,
+        interpolation=config.train_interpolation,
         pipeline=config.pipeline,
     )
     return TrainSet(
