@@ -10,7 +10,11 @@ if __name__ == "__main__":
     parse_stated(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
 
 import json
+<<<<<<< HEAD
 from collections.abc import Sequence
+=======
+import traceback
+>>>>>>> gpu
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -56,9 +60,11 @@ from utils import (
     Topology,
     close_topology,
     die,
+    end_now,
     explain,
     init_topology,
     stays_stopped,
+    world_size,
     wrap,
     write_text,
 )
@@ -202,31 +208,40 @@ def run(config: Config, said: set[str]) -> int:
         return show_plan(config)
     if config.suggest:
         return write_suggestion(config, said)
-    topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
-    try:
-        if config.doctor:
-            return diagnose(config, topology)
-        if config.predict is not None:
-            return predict(config, said, topology)
-        return evaluate_weights(config, topology) if config.eval else train(config, topology)
-    finally:
-        close_topology()
+    topology = init_topology(config.device, config.deterministic, config.tf32, timedelta(minutes=config.timeout))
+    if config.doctor:
+        return diagnose(config, topology)
+    if config.predict is not None:
+        return predict(config, said, topology)
+    return evaluate_weights(config, topology) if config.eval else train(config, topology)
 
 
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     try:
-        return run(*parse_stated(argv))
-    except UsageError as error:
-        return die(error, 2)
-    except (ValueError, OSError, NonFinite) as error:
-        return die(error)
-    except RuntimeError as error:
-        if (message := explain(error)) is None:
-            raise
-        return die(message)
+        code = run(*parse_stated(argv))
+        close_topology()
+        return code
     except KeyboardInterrupt:
-        return die("interrupted", 130)
+        code = die("interrupted", 130)
+    except Exception as error:
+        code = report(error)
+    end_now(code)
+    return code
+
+
+def report(error: Exception) -> int:
+    """Prints one line about an error and returns the exit code. A fault of the code is shown with its traceback."""
+    if isinstance(error, UsageError):
+        return die(error, 2)
+    if isinstance(error, (ValueError, OSError, NonFinite)):
+        return die(error)
+    if isinstance(error, RuntimeError) and (message := explain(error)) is not None:
+        return die(message)
+    if world_size() == 1:
+        raise error
+    traceback.print_exception(error)  # here, for several processes end without Python's exit
+    return 1
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[str | None]]]:
     data = _Images(paths, EvalTransform(size, size, "lanczos", config.crop_pct))
     workers = min(config.num_workers, len(paths) // BATCH)  # starting them costs more than a few images
-    options = loader_options(workers, device.type == "cuda")
+    options = loader_options(workers, device.type == "cuda", BATCH * 3 * size**2)
     return iter(DataLoader(data, BATCH, collate_fn=_collate, **options))
 
 

@@ -167,6 +167,9 @@ class ModelConfig:
     """channels_last memory format: faster convolutions on CUDA and, in bf16, on CPU."""
     compile: bool = False
     """torch.compile the model, once per input size."""
+    tf32: bool = True
+    """TensorFloat-32 on CUDA for what is computed in fp32: faster on Ampere and later, 10 bits of mantissa in products.
+    What is done to images is computed exactly in any case."""
 
 
 @dataclass(kw_only=True)
