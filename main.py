@@ -10,11 +10,8 @@ if __name__ == "__main__":
     parse_stated(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
 
 import json
-<<<<<<< HEAD
-from collections.abc import Sequence
-=======
 import traceback
->>>>>>> gpu
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
