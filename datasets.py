@@ -24,6 +24,7 @@ from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, map_classes
+from utils import STOP_SIGNALS
 
 
 def build_source(config: DataConfig, train: bool) -> Source:
@@ -173,5 +174,5 @@ def _kill_children() -> None:
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # workers are as many as the machine has cores to give
     # A cluster signals every process of a job. Workers go on until their training process has saved and ends them.
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

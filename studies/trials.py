@@ -20,14 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, to_yaml
+from config.kinds import named
 from training.logs import duration_text, read_log
 from utils import STOPPED, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-# Settings that say where and how a run is carried out, and not what comes out of it.
-CIRCUMSTANCES = (
-    *("output_dir", "auto_resume", "device", "devices", "num_workers", "plan", "speeds", "timeout", "rows"),
-    *("log_interval", "save_interval", "keep_checkpoints", "baseline_epochs"),
+# Settings that say where and how a run is carried out, and not what comes out of it: where it starts and ends, and the
+# data by name, are part of what it is.
+CIRCUMSTANCES = tuple(
+    {*named(Config, "free")}
+    - {"resume", "stop_after", "data_path", "data_set", "train_split", "val_split", "val_per_class", "class_map"}
 )
 
 

@@ -26,6 +26,7 @@ from config import Config
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.logs import duration_text, read_log
+from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
 SAMPLES = 8  # images shown of each stage
@@ -109,10 +110,11 @@ def write_report(output: Path) -> Path:
     Raises:
         OSError: ``output`` is no output folder: it has no config.yaml or plan.json.
     """
-    settings = yaml.safe_load((output / "config.yaml").read_text())
-    plan = json.loads((output / "plan.json").read_text())
+    settings = yaml.safe_load((output / "config.yaml").read_text(encoding="utf-8"))
+    plan = json.loads((output / "plan.json").read_text(encoding="utf-8"))
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
     title = f"{settings['model']} · {plan['curriculum']}"
+    changes = plan.get("changes", [])
     sections = [
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
@@ -120,6 +122,7 @@ def write_report(output: Path) -> Path:
         "<h2>Stages</h2>" + _stages(settings, plan, records),
         "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
         "<h2>What the network saw</h2>" + _samples(output, plan),
+        *(["<h2>Changed on the way</h2>" + _table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -131,9 +134,7 @@ def write_report(output: Path) -> Path:
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>"
     )
     path = output / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 
@@ -265,7 +266,7 @@ def _settings(settings: dict[str, Any]) -> str:
 
 def _environment(output: Path) -> str:
     path = output / "environment.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return _table(["", ""], [[key, value] for key, value in known.items()], names=2)
 
 
@@ -282,4 +283,4 @@ def _table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return path.read_text(encoding="utf-8") if path.exists() else ""
