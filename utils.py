@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import socket
 import sys
 import time
@@ -220,7 +219,7 @@ def explain(error: Exception) -> str | None:
         return f"out of device memory: lower --micro_batch, or set it to auto ({text[:200]})"
     if re.search(r"shared memory|Bus error|(/torch_|/dev/shm).*No space left", text):
         return (
-            "/dev/shm, through which loader processes hand on their batches, is too small: lower --num_workers, or give "
+            "/dev/shm, through which loader processes hand on batches, is too small: lower --num_workers, or give "
             f"the container more shared memory (docker run --shm-size 8g, or --ipc host) ({text[-200:]})"
         )
     if re.search(r"DataLoader worker .*(killed|exited)", text) or _broke_in_loader(error):

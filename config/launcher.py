@@ -46,7 +46,7 @@ def read_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
         if missing := [name for name, value in found.items() if not value]:
             raise UsageError(
                 f"{launcher} started {environment[size]} processes, which cannot find each other: set "
-                f"{', '.join(missing)} for all of them, or start them with torchrun (scripts/train.sh, scripts/slurm.sh)"
+                f"{', '.join(missing)} for all, or start them with torchrun (scripts/train.sh, scripts/slurm.sh)"
             )
         environment.update(found)
         return

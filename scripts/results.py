@@ -210,10 +210,10 @@ def pictures(runs: list[Run]) -> dict[str, str]:
             series[picture].setdefault(name, []).append((x, run.top1, label))
     axes = {"compute": "compute, epochs at the base size (by pixels)", "time": "hours of training"}
     result = {}
-    for picture, named in series.items():
+    for picture, curves in series.items():
         drawn = [
             Series(name, [(x, y) for x, y, _ in sorted(points)], dots=True, names=[text for *_, text in sorted(points)])
-            for name, points in named.items()
+            for name, points in curves.items()
         ]
         title = f"Accuracy against {picture}"
         result[picture] = chart(title, drawn, axes[picture], "top-1, per cent", width=760, height=420)

@@ -21,7 +21,7 @@ from tensorboardX.summary import image, scalar
 from curriculum import Pass, Plan
 from utils import write_text
 
-PROGRESS_STEP = 1e-9  # progress that rounding may add
+ROUNDING = 1e-9  # progress that rounding may add
 
 
 class RunLog:
@@ -53,9 +53,7 @@ class RunLog:
         if lines and records[-1] is None and not lines[-1].endswith("\n"):
             del lines[-1]
         kept = [
-            line
-            for line, record in zip(lines, records)
-            if record is None or record["progress"] <= logged + PROGRESS_STEP
+            line for line, record in zip(lines, records) if record is None or record["progress"] <= logged + ROUNDING
         ]
         if damaged := sum(parse_record(line) is None for line in kept):
             print(f"warning: {self.path} has {damaged} damaged lines; they are kept, and passed over", flush=True)

@@ -124,8 +124,8 @@ def snapshot(error: NonFinite, output: Path, sampler: CurriculumSampler, source:
         + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     )
     mend = (
-        "lower --lr, set --clip_grad or use --amp bf16 or none (each with --allow_change lr, clip_grad or amp), or skip "
-        "such steps with --on_nonfinite skip"
+        "lower --lr, set --clip_grad or use --amp bf16 or none (each with --allow_change lr, clip_grad or amp), or "
+        "skip such steps with --on_nonfinite skip"
     )
     try:
         folder.mkdir(exist_ok=True)

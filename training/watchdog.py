@@ -22,8 +22,9 @@ def _is_ours(file: str) -> bool:
 class Watchdog:
     """A thread that ends the process unless :meth:`beat` is called at least every ``timeout`` seconds.
 
-    Time in which the process itself was stopped does not count. It reports the rank, the host and where the main thread stands: in the loader (a worker hangs, or the storage), in a
-    collective operation (another process hangs), or elsewhere. So no run waits for ever. Use it as a context.
+    Time in which the process itself was stopped does not count. It reports the rank, the host and where the main thread
+    stands: in the loader (a worker hangs, or the storage), in a collective operation (another process hangs), or
+    elsewhere. So no run waits for ever. Use it as a context.
     """
 
     def __init__(self, timeout: float, rank: int, world_size: int) -> None:
