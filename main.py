@@ -22,7 +22,7 @@ from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, to_yaml
 from config.checks import check_settings
-from config.command_line import given, parse_config
+from config.command_line import given, read_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
 from datasets import build_source
@@ -226,7 +226,7 @@ def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     print_any_text()
     try:
-        return run(parse_config(argv), given(argv))
+        return run(read_config(argv), given(argv))
     except UsageError as error:
         return die(error, 2)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, se
 
 from config.recipes import load_recipe
 from config.settings import GROUPS, Config
+from config.usage import UsageError
 
 DESCRIPTION = """\
 Trains vision backbones with the EfficientTrain curricula: early training sees low-frequency, weakly augmented images.
@@ -29,7 +30,15 @@ class _Help(DefaultHelpFormatter, RawDescriptionHelpFormatter):
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> settings: defaults, then ``--recipe``, then flags. Wrong usage exits with code 2 and one line."""
+    """As :func:`read_config`; wrong usage exits with code 2 and one line."""
+    try:
+        return read_config(argv)
+    except UsageError as error:
+        sys.exit(usage_error(str(error)))
+
+
+def read_config(argv: list[str]) -> Config:
+    """Command line -> settings: defaults, then ``--recipe``, then flags. Raises UsageError."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
         prog="main.py",
@@ -52,7 +61,7 @@ def parse_config(argv: list[str]) -> Config:
             raise ValueError(f"recipe {recipe}: {_short(error)}") from None
         values = vars(parser.parse_args(argv, namespace=known))
     except (ArgumentError, ValueError, OSError) as error:
-        sys.exit(usage_error(_short(error)))
+        raise UsageError(_short(error)) from None
     values.pop("recipe")
     return Config(**values)
 

@@ -20,7 +20,7 @@ def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
         ValueError: not readable, not a mapping, or extending itself; names the file.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
         refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
         content = None if refers else yaml.safe_load(text)
     except OSError as error:

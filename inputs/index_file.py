@@ -161,7 +161,7 @@ def _one_builder(key: str) -> Iterator[None]:
     lock = None
     if fcntl:
         try:
-            lock = open(os.path.join(tempfile.gettempdir(), key + ".lock"), "w")  # noqa: SIM115
+            lock = open(os.path.join(tempfile.gettempdir(), key + ".lock"), "w", encoding="utf-8")  # noqa: SIM115
             fcntl.flock(lock, fcntl.LOCK_EX)
         except OSError:
             pass  # another user's lock file, or a file system without locks: building twice does no harm

@@ -102,8 +102,8 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(path: Path) -> Run | str:
     """A run, or why it is none that counts."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
-        plan = json.loads((path / "plan.json").read_text())
+        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
         records = read_log(path / "log.txt")
     except (OSError, ValueError, yaml.YAMLError) as error:
         return str(error)
@@ -118,7 +118,7 @@ def read_run(path: Path) -> Run | str:
     if "test_acc1" not in last:
         return "no evaluation at the end"
     about = path / "environment.json"
-    devices = json.loads(about.read_text())["devices"] if about.exists() else "unknown"
+    devices = json.loads(about.read_text(encoding="utf-8"))["devices"] if about.exists() else "unknown"
     # The papers evaluate the average where they keep one.
     top1 = last.get("test_acc1_ema", last["test_acc1"])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)
@@ -232,7 +232,7 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text()))
+    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text(encoding="utf-8")))
     text = markdown(lines) + changed(runs)
     print(text)
     if arguments.output:
@@ -240,7 +240,7 @@ def main(argv: list[str]) -> int:
         files = {"results.md": text, "results.csv": to_csv(lines)}
         files |= {f"{name}.svg": picture for name, picture in pictures(runs).items()}
         for name, content in files.items():
-            (arguments.output / name).write_text(content)
+            (arguments.output / name).write_text(content, encoding="utf-8")
     return 0
 
 

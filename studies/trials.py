@@ -79,7 +79,7 @@ def launch(trial: Trial, folder: Path, environment: dict[str, str], held: int, s
         "--output_dir",
         str(folder),
     ]
-    with open(folder / "console.txt", "a") as console:
+    with open(folder / "console.txt", "a", encoding="utf-8") as console:
         process = subprocess.Popen(
             command,
             stdout=console,
@@ -110,7 +110,7 @@ class Laboratory:
     ) -> None:
         self.path, self.slots, self.launch, self.most = folder, slots, launch, most
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held as long as the search, or one of its trials, lives)
+        self.lock = open(folder / "lock", "w", encoding="utf-8")  # noqa: SIM115 (held as long as the search, or one of its trials, lives)
         self._take_lock()
         self.ledger = folder / "ledger.jsonl"
         self.entries = self._read()
@@ -135,7 +135,7 @@ class Laboratory:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
+            lines = self.ledger.read_text(encoding="utf-8").splitlines() if self.ledger.exists() else []
             return {entry["key"]: entry for entry in map(json.loads, lines)}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.ledger} is not a ledger of trials ({error}); name another --output") from None
@@ -207,7 +207,7 @@ class Laboratory:
         diverged = code == 1 and any(folder.glob("nonfinite-*"))
         if code != 0 and not diverged:
             console = folder / "console.txt"
-            last = console.read_text().strip().splitlines()[-1:] if console.exists() else []
+            last = console.read_text(encoding="utf-8").strip().splitlines()[-1:] if console.exists() else []
             raise ValueError(f"the trial {trial.label} failed ({''.join(last) or f'exit code {code}'}); see {console}")
         self._note(trial, 0.0 if diverged else final_accuracy(folder, trial), time.perf_counter() - began)
 
