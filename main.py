@@ -52,7 +52,7 @@ from utils import (
     die,
     explain,
     init_topology,
-    print_any_text,
+    prepare_streams,
     printing_never_fails,
     wrap,
     write_text,
@@ -224,7 +224,7 @@ def run(config: Config, said: set[str]) -> int:
 
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
-    print_any_text()
+    prepare_streams()
     try:
         return run(read_config(argv), given(argv))
     except UsageError as error:

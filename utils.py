@@ -205,11 +205,19 @@ def printing_never_fails() -> Iterator[None]:
                     os.close(null)
 
 
-def print_any_text() -> None:
-    """Lets every text be printed in any locale: characters that its encoding lacks as escapes."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+def prepare_streams() -> None:
+    """Lets every text be printed in any locale, characters that its encoding lacks as escapes; and where a standard
+    stream was closed before the start, keeps files that are opened later from taking its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def explain(error: Exception) -> str | None:
