@@ -18,7 +18,7 @@ from config import UsageError
 from config.launcher import first_host, read_launcher
 from training import one_writer
 from training.one_writer import LOCK, OneWriter
-from utils import Topology, explain, print_any_text, printing_never_fails, write_text
+from utils import Topology, explain, prepare_streams, printing_never_fails, write_text
 
 SETTINGS = {"save_interval": "2 steps", "model_ema": True, "micro_batch": 2}
 ALONE = Topology(0, 1, torch.device("cpu"))
@@ -340,11 +340,20 @@ def break_pipe():
     os.dup2(writer, 2)
 
 
-@pytest.mark.parametrize("fault", [partial(redirect, "/dev/full"), break_pipe, partial(os.closerange, 1, 3)])
+@pytest.mark.parametrize("fault", [partial(redirect, "/dev/full"), break_pipe])
 def test_a_run_outlives_its_output(folder, tmp_path, undisturbed, fault):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
     program = Program(argv, tmp_path / "log", fault=partial(call_before, STEP, fault, count=3))
     assert program.wait() == 0
+    assert same(Run(tmp_path / "run").result(), undisturbed)
+
+
+def test_a_run_without_any_output(folder, tmp_path, undisturbed):
+    """Files that are opened later must not take the place of the closed streams."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
+    command = ["bash", "-c", 'exec "$0" "$@" <&- >&- 2>&-', sys.executable, "main.py", *argv]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=180).returncode == 0
     assert same(Run(tmp_path / "run").result(), undisturbed)
 
 
@@ -419,7 +428,7 @@ def test_text_that_an_encoding_lacks(monkeypatch):
         monkeypatch.setattr(sys, name, io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
     with pytest.raises(UnicodeEncodeError):
         print("\u20ac \udcfc")
-    print_any_text()
+    prepare_streams()
     print("\u20ac \udcfc", flush=True)
     assert sys.stdout.buffer.getvalue() == b"\\u20ac \\udcfc\n"
 
@@ -430,9 +439,7 @@ def unencoded(text):
         if not isinstance(node, ast.Call) or any(word.arg == "encoding" for word in node.keywords):
             continue
         function = node.func
-        owner = (
-            function.value.id if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) else ""
-        )
+        owner = getattr(getattr(function, "value", None), "id", "")
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name in ("read_text", "write_text") and isinstance(function, ast.Attribute):
             yield node.lineno
