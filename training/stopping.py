@@ -94,7 +94,8 @@ def end_with_launcher() -> None:
     def watch() -> None:
         while os.getppid() == parent:
             time.sleep(1)
-        os.write(2, b"torchrun has died: stopping\n")
+        with suppress(OSError):
+            os.write(2, b"torchrun has died: stopping\n")
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(LAST_WAY_OUT)
         os._exit(1)
