@@ -60,7 +60,7 @@ def _open_lock(path: Path) -> TextIO:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise OSError(errno.EINVAL, "not a regular file")
-        return open(handle, "w")
+        return open(handle, "w", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} is not a search's lock ({error.strerror}); remove it") from None
 
