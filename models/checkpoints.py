@@ -8,95 +8,19 @@ import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
-import msgspec
 import torch
-from typing_extensions import Required, TypedDict
 
-from config import Config
-from config.checks import check_ranges
 from config.files import open_file
+from models.checkpoint_fields import check_fields
 
 # 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
 FORMAT_VERSION = 2
 LAST, BEST = "checkpoint-last.pth", "checkpoint-best.pth"
 KEYS = ("model", "model_ema", "optimizer", "scaler", "step", "epoch", "best", "meters", "config")
-Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
-Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
-Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
-
-
-class Optimizer(TypedDict):
-    """As torch's optimizers give it; what each parameter's state holds is checked against the parameter."""
-
-    state: dict[int, dict[str, Any]]
-    param_groups: list[dict[str, Any]]
-
-
-class Best(TypedDict, total=False):
-    """The best evaluation so far."""
-
-    acc1: Required[float]
-    step: Count
-    weights: Literal["model", "model_ema"]
-    eval_size: Count
-
-
-class Meters(TypedDict, total=False):
-    """Of the epoch in progress."""
-
-    loss: Required[tuple[float, float]]
-    skipped: tuple[Count, Count, Count, Count]
-    seconds: Required[Seconds]
-
-
-class Identity(TypedDict, total=False):
-    """What the run is, see identity.py."""
-
-    model: dict[str, Any]
-    data: dict[str, Any]
-    validation: dict[str, Any]
-    curriculum: dict[str, Any]
-    batch_size: Count
-    seed: int
-    optimizer: dict[str, Any]
-
-
-class Change(TypedDict):
-    """Of settings, on the way (training.resume.History)."""
-
-    step: Count
-    progress: Share
-    logged: Share
-    replanned: bool
-    what: list[str]
-
-
-class Checkpoint(TypedDict, total=False):
-    """What each field of a checkpoint must be. Fields that are not named here may be anything plain."""
-
-    format_version: Required[int]
-    model: Required[dict[str, torch.Tensor]]
-    model_ema: Required[dict[str, torch.Tensor] | None]
-    optimizer: Required[Optimizer]
-    scaler: Required[dict[str, int | float | None]]
-    step: Required[Count]
-    epoch: Required[Count]
-    input_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 14)] | None
-    best: Required[Best]
-    meters: Required[Meters]
-    identity: Identity | None
-    config: Required[dict[str, Any]]
-    classes: Annotated[list[str], msgspec.Meta(max_length=1 << 24)]
-    progress: Share
-    logged: Share
-    changes: list[Change]
-    unwritten: str
-
-
 _MARK = b"sha256:"
 _TRAILER = len(_MARK) + 64  # bytes of "sha256:" and its hexadecimal digits
 _NUMBERED = re.compile(r"checkpoint-(\d+)\.pth")
@@ -219,29 +143,10 @@ def load(path: str | Path) -> dict[str, Any]:
     if missing := [key for key in KEYS if key not in payload]:
         raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
     try:
-        _check_fields(payload)
+        check_fields(payload)
     except ValueError as error:
         raise BadCheckpoint(f"{path} is not a checkpoint of this project: {error}") from None
     return _upgrade(payload)
-
-
-def _check_fields(payload: dict[str, Any]) -> None:
-    """Raises ValueError for a field of another type or range than this project writes; names the field.
-
-    A setting that this code does not know is left to whoever asks for it.
-    """
-    for schema, content, place in ((Checkpoint, payload, ""), (Config, payload.get("config"), ".config")):
-        try:
-            typed = msgspec.convert(content, schema, str_keys=schema is Config)
-            if schema is Config:
-                check_ranges(typed)
-        except msgspec.ValidationError as error:
-            raise ValueError(str(error).replace("`$", f"`{place}").replace("`.", "`")) from None
-        except RecursionError:
-            raise ValueError("it is nested too deeply") from None
-    for key in ("model", "model_ema", "optimizer"):
-        if not all(is_ordinary(tensor) for tensor in _tensors(payload[key])):
-            raise ValueError(f"`{key}` holds a tensor that is not an ordinary, dense one")
 
 
 def check_archive(file: BinaryIO) -> None:
@@ -251,25 +156,6 @@ def check_archive(file: BinaryIO) -> None:
         size = os.fstat(file.fileno()).st_size
         if any(one.compress_type for one in members) or sum(one.file_size for one in members) > size:
             raise BadCheckpoint("it is compressed, which no checkpoint is: it would grow without bounds")
-
-
-def is_ordinary(tensor: torch.Tensor) -> bool:
-    """Whether a tensor that was read is dense, on the CPU, and no larger than the numbers that came with it."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        return False
-    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    waiting = [value]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, dict):
-            waiting += value.values()
-        elif isinstance(value, list | tuple):
-            waiting += value
 
 
 def verify_own(path: str | Path) -> None:

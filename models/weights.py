@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from curriculum.resample import resample
 
-from .checkpoints import is_ordinary
+from .checkpoint_fields import is_ordinary
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
 from .heads import classifier_names, fold_norm
 from .normalisation import normalisation

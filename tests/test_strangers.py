@@ -17,7 +17,8 @@ from test_faults_fuzz import sign
 from config import UsageError, load_recipe
 from inputs import index_file
 from inputs.folder import FolderIndex
-from models import checkpoints, create_model, load_weights
+from models import checkpoints
+from models.checkpoint_fields import check_fields, create_model, load_weights
 from models.checkpoints import BadCheckpoint
 from models.export import main as export
 from training.optimizer_state import load_optimizer_state
@@ -181,7 +182,7 @@ def test_tensors_larger_than_their_numbers(ours):
     wide = torch.zeros(1).expand(1 << 40)
     path = ours()
     with pytest.raises(RuntimeError if not path else ValueError):
-        checkpoints._check_fields({**checkpoints.load(path), "model": {"x": wide}})
+        check_fields({**checkpoints.load(path), "model": {"x": wide}})
 
 
 def test_a_compressed_archive_is_refused(ours, tmp_path):
