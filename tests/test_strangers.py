@@ -17,8 +17,8 @@ from test_faults_fuzz import sign
 from config import UsageError, load_recipe
 from inputs import index_file
 from inputs.folder import FolderIndex
-from models import checkpoints
-from models.checkpoint_fields import check_fields, create_model, load_weights
+from models import checkpoints, create_model, load_weights
+from models.checkpoint_fields import check_fields
 from models.checkpoints import BadCheckpoint
 from models.export import main as export
 from training.optimizer_state import load_optimizer_state
