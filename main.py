@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -20,7 +21,7 @@ from commands.evaluate import evaluate_weights
 from commands.plan import make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
-from config import Config, UsageError, to_yaml
+from config import Config, UsageError, as_usage, to_yaml
 from config.checks import check_settings
 from config.command_line import given, read_config
 from curriculum import Plan, table
@@ -28,6 +29,7 @@ from curriculum.sampler import derive_seed
 from datasets import build_source
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
+from models.check import check_trainable
 from training.build import (
     describe_replay,
     make_model,
@@ -122,10 +124,15 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
     config = replace(config, **settle_micro_batch(config, plan, build, topology, state))
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     replay = describe_replay(config, plan)
+    if config.task == "supervised":
+        with as_usage():
+            check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
     model = build(size_of_weights(plan, state))
     if config.finetune and state is None:
-        finetune(config, model, topology)
+        config = finetune(config, model, sources[0].classes, topology)
+    elif state is not None:
+        config = replace(config, **{key: getattr(config, key) or state["config"].get(key) for key in ("mean", "std")})
     if config.linear_probe:
         freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)
@@ -144,12 +151,13 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
-def finetune(config: Config, model: nn.Module, topology: Topology) -> None:
-    """Loads the weights of --finetune, and says what fitted."""
+def finetune(config: Config, model: nn.Module, classes: Sequence[str], topology: Topology) -> Config:
+    """Loads the weights of --finetune, and says what fitted. Returns the settings, with the weights' normalisation."""
     checkpoints.verify_own(config.finetune)
-    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
+    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=classes)
     if topology.is_main:
         print(report)
+    return replace(config, mean=config.mean or report.mean, std=config.std or report.std)
 
 
 def settle_micro_batch(

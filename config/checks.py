@@ -30,7 +30,7 @@ _RANGES = {
 }
 
 
-def check_settings(config: Config) -> None:
+def check_ranges(config: Config) -> None:
     """Raises UsageError for a setting outside its range; names it, its value and the range."""
     for expected, (fits, names) in _RANGES.items():
         for name in names.split():
@@ -40,8 +40,17 @@ def check_settings(config: Config) -> None:
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and not all((name == "mean" or value > 0) and abs(value) < 1e3 for value in values):
+            raise UsageError(f"--{name} is {list(values)}; it is given for pixels in [0, 1], as --mean [0.5,0.5,0.5]")
     if config.opt_betas is not None and not all(0 <= beta < 1 for beta in config.opt_betas):
         raise UsageError(f"--opt_betas is {list(config.opt_betas)}; each must be at least 0 and below 1")
+
+
+def check_settings(config: Config) -> None:
+    """Raises UsageError for a setting outside its range, and for settings that do not go together."""
+    check_ranges(config)
     if config.eval and not (config.resume or config.finetune):
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:

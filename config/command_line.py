@@ -50,8 +50,8 @@ def read_config(argv: list[str]) -> Config:
     parser.add_argument("--recipe", type=str | None, help="YAML file of settings; flags override it")
     for group in GROUPS:
         parser.add_class_arguments(group, as_group=True)
-    recipe = _value_of("--recipe", argv)
     try:
+        recipe = _value_of("--recipe", argv)
         settings = load_recipe(recipe) if recipe else {}
         _refuse_unknown(settings, f"recipe {recipe}")
         _refuse_unknown([flag for flag in _flags(argv) if flag not in ("recipe", "help")], "command line")
@@ -60,6 +60,12 @@ def read_config(argv: list[str]) -> Config:
         except ArgumentError as error:
             raise ValueError(f"recipe {recipe}: {_short(error)}") from None
         values = vars(parser.parse_args(argv, namespace=known))
+        name = str(settings.get("model", ""))
+        if (":" in name or "/" in name) and "model" not in _flags(argv):
+            raise ValueError(
+                f"recipe {recipe} asks for the model {name}, which is code from outside this project; if you trust it, "
+                f"name it on the command line: --model {name}"
+            )
     except (ArgumentError, ValueError, OSError) as error:
         raise UsageError(_short(error)) from None
     values.pop("recipe")
@@ -94,11 +100,14 @@ def _flags(argv: list[str]) -> list[str]:
 
 
 def _value_of(flag: str, argv: list[str]) -> str | None:
-    for place, arg in enumerate(argv):
-        if arg == flag and place + 1 < len(argv):
-            return argv[place + 1]
-        if arg.startswith(flag + "="):
-            return arg.split("=", 1)[1]
+    """The value of a flag, None if it is not given. Raises ValueError if it is given twice."""
+    places = [place for place, arg in enumerate(argv) if arg == flag or arg.startswith(flag + "=")]
+    if len(places) > 1:
+        raise ValueError(f"{flag} is given twice: name one file, which may extend others (extends: [a.yaml, b.yaml])")
+    for place in places:
+        _, equals, value = argv[place].partition("=")
+        if equals or place + 1 < len(argv):
+            return value if equals else argv[place + 1]
     return None
 
 

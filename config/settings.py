@@ -104,6 +104,11 @@ class DataConfig:
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
     crop_scale: Learned[tuple[float, float]] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
+    mean: Learned[tuple[float, float, float] | None] = None
+    """By which pixels, in [0, 1], are normalised, per channel; default: what the weights that the run starts from were
+    trained with, ImageNet's without any."""
+    std: Learned[tuple[float, float, float] | None] = None
+    """The deviation that goes with --mean."""
     pipeline: Learned[Literal["exact", "fast"]] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
     augment_on: Learned[Literal["host", "device"]] = "host"

@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from config.files import open_file
 from inputs.index_file import INDEX_NAME, IndexFile, IndexWriter, Progress, open_or_build
 
 # File names per entry of the offset table: one lookup splits half a KB, and 13 million images need 3 MB of table.
@@ -31,7 +32,7 @@ class FolderIndex:
     """Images under ``root``, one folder per class, in the order of torchvision's ImageFolder.
 
     Folders and files whose names start with a dot are left out. The first time, the tree is listed (with a progress
-    line on standard error) and the index written to ``root``, or where that is read-only to the user's cache folder.
+    line on standard error) and the index written to the user's cache folder.
     Later it is opened if no folder has changed since: file names are checked by their folder's modification time.
 
     Args:
@@ -79,8 +80,8 @@ class FolderIndex:
     name = path
 
     def read(self, i: int) -> bytes:
-        """Content of image ``i``. Raises OSError if the file has gone or cannot be read."""
-        with open(self.path(i), "rb", buffering=0) as file:
+        """Content of image ``i``. Raises OSError if the file has gone, cannot be read or is none (a FIFO)."""
+        with open_file(self.path(i)) as file:
             return file.read()
 
     def label(self, i: int) -> int:

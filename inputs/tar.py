@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from config.files import open_file
+from inputs.archive import LIMIT, open_archive
 from inputs.decode import BadImage
 from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
 
@@ -141,14 +143,14 @@ def _scan(path: str) -> list[tuple[int, int, str]]:
     """(offset, size, class) of each image in an archive, as far as it can be read."""
     images, stated = [], {}
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_file(path) as file, open_archive(file) as archive:
             try:
                 for member in archive:
                     stem, suffix = os.path.splitext(member.name)
                     if not member.isfile() or os.path.basename(stem).startswith("."):
                         continue
                     if suffix.lower() == LABEL_SUFFIX:
-                        stated[stem] = archive.extractfile(member).read().decode().strip()
+                        stated[stem] = archive.extractfile(member).read(LIMIT).decode().strip()
                     elif suffix.lower() in IMG_EXTENSIONS:
                         images.append((member.offset_data, member.size, stem))
                     archive.members = []  # else it keeps an object per member

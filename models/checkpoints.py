@@ -7,11 +7,15 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from config.files import open_file
+from models.checkpoint_fields import check_fields
 
 # 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
 FORMAT_VERSION = 2
@@ -113,17 +117,18 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if not _trailer(file).startswith(_MARK):
                 raise BadCheckpoint(f"{path} carries no checksum: it is truncated, or not a checkpoint of this project")
             if not _is_whole(file):
                 raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
+            check_archive(file)
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}") from None
-    except BadCheckpoint:
-        raise
+    except BadCheckpoint as error:
+        raise BadCheckpoint(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except pickle.UnpicklingError:
         raise BadCheckpoint(f"{path} holds more than tensors and plain types, so it was not loaded") from None
     except Exception as error:  # the checksum holds, so someone made it: the unpickler raises whatever it meets
@@ -131,18 +136,33 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise BadCheckpoint(f"{path} is not a checkpoint of this project")
     version = payload.get("format_version")
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise BadCheckpoint(f"{path} has format version {version}; this code reads versions 1 to {FORMAT_VERSION}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise BadCheckpoint(
+            f"{path} has format version {str(version)[:40]}; this code reads versions 1 to {FORMAT_VERSION}"
+        )
     if missing := [key for key in KEYS if key not in payload]:
         raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
+    try:
+        check_fields(payload)
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not a checkpoint of this project: {error}") from None
     return _upgrade(payload)
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raises BadCheckpoint for a zip archive whose members take more room than the file: torch writes none."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        size = os.fstat(file.fileno()).st_size
+        if any(one.compress_type for one in members) or sum(one.file_size for one in members) > size:
+            raise BadCheckpoint("it is compressed, which no checkpoint is: it would grow without bounds")
 
 
 def verify_own(path: str | Path) -> None:
     """Raises BadCheckpoint for a file with our checksum that does not match it. Other people's weights carry none."""
     if not os.path.isfile(path):
         return  # a name on a hub, or for others to say
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if _trailer(file).startswith(_MARK) and not _is_whole(file):
             raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
 
@@ -223,7 +243,7 @@ def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
 
 def _is_good(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return _is_whole(file)
     except OSError:
         return False

@@ -23,8 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -32,6 +30,7 @@ from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
 from training.charts import Series, chart  # noqa: E402
 from training.logs import duration_text, read_log  # noqa: E402
+from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
 CIRCUMSTANCES = (*named(Config, "free"), "seed")
@@ -102,10 +101,10 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(path: Path) -> Run | str:
     """A run, or why it is none that counts."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-        plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
-        records = read_log(path / "log.txt")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings, plan = read_settings(path), read_plan(path)
+        records = check_records(read_log(path / "log.txt"), path / "log.txt")
+        devices = read_environment(path).get("devices", "unknown")
+    except (OSError, ValueError) as error:
         return str(error)
     if not records or records[-1]["progress"] < 1:
         return "not finished"
@@ -117,8 +116,6 @@ def read_run(path: Path) -> Run | str:
     last = records[-1]
     if "test_acc1" not in last:
         return "no evaluation at the end"
-    about = path / "environment.json"
-    devices = json.loads(about.read_text(encoding="utf-8"))["devices"] if about.exists() else "unknown"
     # The papers evaluate the average where they keep one.
     top1 = last.get("test_acc1_ema", last["test_acc1"])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)

@@ -3,8 +3,7 @@
 import shutil
 
 import pytest
-import torch
-from conftest import Run, flags, write_images
+from conftest import Run, checkpoint_fields, flags, write_images
 
 from config import Config
 from config.checks import parse_parts
@@ -140,8 +139,7 @@ def test_identity_is_plain_and_survives_a_checkpoint(folder, tmp_path):
     plan = build_plan("efficienttrain", epochs=5, num_images=48, batch_size=8)
     identity = identify(config, plan, (source, source), 3)
     assert identity["data"] == identity["validation"]
-    state = dict.fromkeys(checkpoints.KEYS) | {"identity": identity}
-    checkpoints.save(tmp_path / "checkpoint-last.pth", {**state, "step": torch.tensor(1)})
+    checkpoints.save(tmp_path / "checkpoint-last.pth", checkpoint_fields(identity=identity))
     assert checkpoints.load(tmp_path / "checkpoint-last.pth")["identity"] == identity
 
 

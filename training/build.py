@@ -16,7 +16,7 @@ from datasets import Source, TrainSet, training_batches
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
@@ -145,7 +145,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         options["betas"] = config.opt_betas
     if config.opt in ("adamw", "adam", "sgd"):
         options["fused"] = True
-    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    with as_usage():
+        groups = param_groups(model, config.weight_decay, config.layer_decay)
     try:
         return create_optimizer_v2(
             groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
@@ -158,6 +159,8 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
     return Finish(
         num_classes=num_classes,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
         operator=operator,
         base_size=config.input_size,
         erasing=config.reprob,

@@ -136,8 +136,8 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
 def _settings(before: dict[str, Any], config: Config, *names: str) -> list[tuple[str, str]]:
     now = json.loads(json.dumps(asdict(config)))
     names = [name for name in names if name in before and before[name] != now[name]]
-    # How a run was started is not what it is; groups that are not stated are the run's (main.settle_micro_batch).
-    unstated = [name for name in ("micro_batch", "forward_batch") if now[name] in (None, "auto")]
+    # How a run was started is not what it is; what is not stated of these is the run's (main.prepare).
+    unstated = [name for name in ("micro_batch", "forward_batch", "mean", "std") if now[name] in (None, "auto")]
     return [
         (name, f"{name} was {_short(before[name])} and is {_short(now[name])}")
         for name in names

@@ -18,6 +18,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import image, scalar
 
+from config.files import read_bytes
 from curriculum import Pass, Plan
 from utils import write_text
 
@@ -47,7 +48,7 @@ class RunLog:
 
     def _cut(self, logged: float, unwritten: str) -> None:
         """A damaged line stays where it is; the piece that a kill left of the last one is the start of one to come."""
-        before = self.path.read_bytes() if self.path.exists() else b""
+        before = read_bytes(self.path) if self.path.exists() else b""
         lines = before.decode("utf-8", "surrogateescape").splitlines(keepends=True)
         records = [parse_record(line) for line in lines]
         if lines and records[-1] is None and not lines[-1].endswith("\n"):
@@ -159,7 +160,7 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The records of a log.txt. Damaged lines are passed over, and said on standard error."""
-    lines = path.read_bytes().decode("utf-8", "surrogateescape").splitlines()
+    lines = read_bytes(path).decode("utf-8", "surrogateescape").splitlines()
     records = [parse_record(line) for line in lines]
     for number, record in enumerate(records[:-1], 1):  # the last one may be in the making
         if record is None:

@@ -18,7 +18,9 @@ from config.checks import parse_interval
 from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
+from models.weights import nonfinite
 from training.identity import Difference
+from training.optimizer_state import load_optimizer_state
 from utils import Topology, all_sum, from_main, unwrap
 
 MAX_FAILURES = 3  # failed writes in a row after which a run stops: it would otherwise train on with nothing to keep
@@ -77,18 +79,21 @@ def restore(state: dict[str, Any], identity: dict[str, Any], training: Training,
     Raises:
         BadCheckpoint: the checkpoint does not fit the parts.
     """
+    for key in ("model", "model_ema"):
+        if bad := nonfinite(state[key] or {}):
+            raise checkpoints.BadCheckpoint(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {key} {bad[0]}: take an "
+                "earlier one"
+            )
     try:
         training.model.load_state_dict(state["model"])
         if training.ema is not None:
             training.ema.module.load_state_dict(state["model_ema"] or state["model"])
         if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
-            decays = [group["weight_decay"] for group in training.optimizer.param_groups]
-            training.optimizer.load_state_dict(state["optimizer"])
-            for group, decay in zip(training.optimizer.param_groups, decays):
-                group["weight_decay"] = decay  # a decay of 0 means none for ever, and may have been another run's
+            load_optimizer_state(training.optimizer, state["optimizer"])
         if training.scaler.is_enabled() and state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise checkpoints.BadCheckpoint(
             f"the checkpoint of step {state['step']} does not fit these settings: {reason}"
