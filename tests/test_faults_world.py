@@ -482,19 +482,12 @@ def fail_in_loader(kind):
 
 def reset_in_main():
     """The end of a loader process as the main process meets it first."""
-    from multiprocessing import connection
+    from multiprocessing import resource_sharer
 
-    original = connection.Client
-
-    def client(*arguments, **more):
-        original(*arguments, **more).close()
+    def client(*_arguments, **_more):
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    connection.Client = client
-    from multiprocessing import reduction, resource_sharer
-
     resource_sharer.Client = client
-    del reduction
 
 
 @pytest.mark.parametrize(
