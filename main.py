@@ -171,7 +171,7 @@ def settle_micro_batch(
     if state is not None:
         groups, most = state["config"]["micro_batch"], state["config"].get("forward_batch")
         settled = {"forward_batch": config.forward_batch or (most and {int(size): n for size, n in most.items()})}
-        if config.micro_batch in (None, "auto"):
+        if config.micro_batch in (None, "auto") and groups is not None:
             share = plan.batch_size // topology.world_size
             fits = plan.batch_size % topology.world_size or share % groups == 0  # if not even the batch, others say so
             settled["micro_batch"] = groups if fits else math.gcd(groups, share)
