@@ -207,7 +207,7 @@ def plan_of(batch, epochs=4, curriculum="efficienttrain++", images=480):
 
 
 @pytest.mark.parametrize("new", [(16, 4), (4, 4), (8, 8), (8, 2), (8, 4, "none"), (16, 3, "efficienttrain")])
-@pytest.mark.parametrize("share", [0.1, 0.35, 0.545, 0.9, 0.999])
+@pytest.mark.parametrize("share", [0.1, 0.35, 0.545, 0.9, 0.98])
 def test_it_resumes_at_the_same_share_of_the_new_plan(new, share):
     old, plan = plan_of(8), plan_of(*new)
     step = int(share * old.total_steps)
