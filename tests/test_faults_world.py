@@ -277,8 +277,8 @@ def stop_for(seconds):
 
 
 def test_a_process_that_was_stopped_did_not_hang(folder, tmp_path):
-    argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.05)  # 3 s
-    program = Program(argv, tmp_path / "log", fault=partial(call_before, STEP, stop_for, 5, count=4))
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.1)  # 6 s
+    program = Program(argv, tmp_path / "log", fault=partial(call_before, STEP, stop_for, 8, count=4))
     assert program.wait(60) == 0, program.output
 
 
