@@ -77,9 +77,12 @@ class OneWriter:
                     )
                     return
             if time.monotonic() > until:
+                holder = self._holder()
+                os.close(self.file)
+                self.file = None
                 raise OSError(
-                    f"--output_dir {self.output}: another run writes there, {self._holder()}; stop it or wait for its "
-                    "end, or name another --output_dir"
+                    f"--output_dir {self.output}: another run writes there, {holder}; stop it or wait for its end, or "
+                    "name another --output_dir"
                 )
             time.sleep(0.1)
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
