@@ -100,6 +100,6 @@ class BadFiles:
 
     def _recorded(self) -> set[str]:
         try:
-            return set(self.path.read_text("utf-8", "surrogateescape", encoding="utf-8").splitlines())
+            return set(self.path.read_text("utf-8", "surrogateescape").splitlines())
         except FileNotFoundError:
             return set()

@@ -442,7 +442,8 @@ def unencoded(text):
         owner = getattr(getattr(function, "value", None), "id", "")
         name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
         if name in ("read_text", "write_text") and isinstance(function, ast.Attribute):
-            yield node.lineno
+            if len(node.args) < 1 + (name == "write_text"):  # else the encoding is the last of them
+                yield node.lineno
         elif name == "open" and owner not in ("os", "Image", "tarfile", "gzip", "fsspec", "zipfile"):
             arguments = node.args[isinstance(function, ast.Name) :] + [
                 w.value for w in node.keywords if w.arg == "mode"
