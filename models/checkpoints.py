@@ -15,7 +15,8 @@ from typing import Any, BinaryIO
 import torch
 
 from config.files import open_file
-from models.checkpoint_fields import check_fields
+
+from .schema import check_fields
 
 # 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
 FORMAT_VERSION = 2

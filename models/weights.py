@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from curriculum.resample import resample
 
-from .checkpoint_fields import is_ordinary
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
 from .heads import classifier_names, fold_norm
 from .normalisation import normalisation
 from .reading import read_weights
+from .schema import is_ordinary
 
 # What training checkpoints call the weights and their moving average, the usual name first.
 _KEYS = {"model": ("model", "state_dict"), "model_ema": ("model_ema", "state_dict_ema")}

@@ -1,4 +1,4 @@
-"""What each field of a checkpoint must be: checked when one is read, for it may come from anyone."""
+"""What the fields of a checkpoint must be: a file may come from anyone, and whoever reads one relies on this."""
 
 from __future__ import annotations
 
