@@ -81,6 +81,7 @@ class Checkpoint(TypedDict, total=False):
     classes: Annotated[list[str], msgspec.Meta(max_length=1 << 24)]
     progress: Share
     logged: Share
+    trained: list[list[Count]]
     changes: list[Change]
     unwritten: str
 

@@ -17,7 +17,7 @@ from curriculum import build_plan
 from models import checkpoints
 from studies import trials
 from training.identity import IN_IDENTITY, differences
-from training.resume import History, adopt
+from training.resume import History, adopt, trained
 
 results = script("results")
 
@@ -193,6 +193,8 @@ def state_at(plan, step, unfinished, **more):
         "progress": plan.progress(step),
         "logged": history.logged(plan, unfinished),
         "changes": history.changes,
+        "trained": trained(plan, step),
+        "identity": {"curriculum": {"epochs": plan.epochs, "clock": plan.curriculum.clock}},
         "meters": {"loss": [3.0, 2.0], "skipped": [0] * 4, "seconds": 1.0},
         **more,
     }
@@ -219,6 +221,19 @@ def test_it_resumes_at_the_same_share_of_the_new_plan(new, share):
         (stage.stop - stage.start) / stage.steps for stage in plan.stages
     )
     assert state["meters"] == {"loss": [0.0, 0.0], "skipped": [0] * 4, "seconds": 1.0}
+
+
+def test_a_plan_that_begins_in_the_same_way_resumes_at_the_very_step():
+    """As searches do: stages are rounded to steps, so that the same share would be a few steps off."""
+    stages = [{"until": 0.3, "input_size": 32}, {"until": 1, "input_size": 64}]
+    for middle in (48, 40, 56):
+        other = [stages[0], {"until": 0.7, "input_size": middle}, stages[1]]
+        old, plan = (
+            plan_of(8, 3, {"name": "x", "clock": "compute", "base_size": 64, "stages": s}, 100) for s in (stages, other)
+        )
+        step = old.stages[1].first_step
+        state = adopt(state_at(old, step, old.locate(step)[0].index), plan, [Changed()], "it")
+        assert state["step"] == step == plan.stages[1].first_step
 
 
 def test_the_learning_rate_is_that_of_the_place():
@@ -251,7 +266,8 @@ def test_another_batch_size_trains_the_rest_of_the_plan(main_program, begun, tmp
     before = checkpoints.load(tmp_path / "copy" / "run" / "checkpoint-8.pth")
     assert main_program([*argv, "--stop_after", f"{100 * before['progress'] + 15}%"]) == 0
     said = capsys.readouterr().out
-    assert f"resuming at {100 * before['progress']:.1f} % of the new plan, step " in said
+    percent = float(said.split("resuming at ")[1].split()[0])
+    assert 0 <= percent - 100 * before["progress"] < 100 * batch / (22 * 8) * 4 and " % of the new plan, step " in said
     # Though its step may be a smaller number, the newer plan's checkpoint is the newest one.
     assert len(checkpoints.newest(tmp_path / "copy" / "run")[1]["changes"]) == 1
     assert main_program(argv) == 0

@@ -66,6 +66,7 @@ def pack(
         "classes": list(classes),
         "progress": training.plan.progress(training.step),
         "logged": history.logged(training.plan, unfinished),
+        "trained": trained(training.plan, training.step),
         "changes": history.changes,
         "unwritten": unwritten,
     }
@@ -138,6 +139,15 @@ class History:
         ]
 
 
+def trained(plan: Plan, step: int) -> list[list[int]]:
+    """What the first ``step`` optimizer steps of a plan are: input size, batch size and steps of each stage."""
+    return [
+        [stage.input_size, stage.batch_size, min(step - stage.first_step, stage.steps)]
+        for stage in plan.stages
+        if stage.first_step < step
+    ]
+
+
 def adopt(
     state: dict[str, Any], plan: Plan, found: Sequence[Difference], where: str, is_main: bool = True
 ) -> dict[str, Any]:
@@ -165,16 +175,23 @@ def adopt(
                 f"{where} is of an earlier version and does not say how much of its plan is done: resume it with the "
                 "settings of then until its next checkpoint, and change them then"
             )
-        steps = range(plan.total_steps)
-        change["step"] = step = bisect.bisect_left(steps, state["progress"] - 1e-9, key=plan.progress)
+        before = (state["identity"] or {}).get("curriculum", {})
+        budget = (before.get("epochs"), before.get("clock")) == (plan.epochs, plan.curriculum.clock)
+        if budget and state.get("trained") == trained(plan, state["step"]):
+            step = state["step"]  # the new plan begins like that: shares differ by the rounding of stages to steps
+        else:
+            step = bisect.bisect_left(range(plan.total_steps), state["progress"] - 1e-9, key=plan.progress)
+        change["step"] = step
         if step == plan.total_steps:
             raise UsageError(
                 f"{where} is at {100 * state['progress']:.1f} % of its plan, and nothing is left of the new one: train "
                 "on from its weights with --finetune and another --output_dir, or resume an earlier checkpoint"
             )
         if is_main:
-            percent = 100 * state["progress"]
-            print(f"resuming at {percent:.1f} % of the new plan, step {step} of {plan.total_steps}", flush=True)
+            print(
+                f"resuming at {100 * plan.progress(step):.1f} % of the new plan, step {step} of {plan.total_steps}",
+                flush=True,
+            )
         # The pass in progress is another one now: its loss starts anew, and its time counts on.
         meters = {**state["meters"], "loss": [0.0, 0.0]}
         state.update(step=step, epoch=plan.locate(step)[0].index, meters=meters)
