@@ -28,6 +28,7 @@ from inputs.tables import read_table
 from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, in_order, map_classes
+from utils import STOP_SIGNALS
 
 PREFETCH = 2e9  # bytes of batches that a process's loader workers hold ready, unless one batch of each is more
 
@@ -227,5 +228,5 @@ def kill_workers() -> None:
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # workers are as many as the machine has cores to give
     # A cluster signals every process of a job. Workers go on until their training process has saved and ends them.
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 
+from config.kinds import named
 from config.settings import Config
 from config.usage import UsageError, as_usage
 from curriculum import parse_duration
 
-# The parts of a run that --allow_change names.
-PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
+# What --allow_change may name beside a setting: parts of a run that several settings, or the files, decide.
+PARTS = ("model", "data", "curriculum", "optimizer")
 
 _RANGES = {
     "at least 0": (
@@ -132,11 +133,17 @@ def parse_interval(text: str | float) -> float | None:
 
 
 def parse_parts(text: str | None) -> list[str]:
-    """``data,seed`` -> the names. Raises UsageError for one that is not among PARTS."""
+    """``data,seed`` -> the names. Raises UsageError for one that is neither among PARTS nor a setting that may be
+    allowed to change."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    known = (*PARTS, *named(Config, "learned", "curriculum", "optimizer"))
     for name in names:
-        if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it may name {', '.join(PARTS)}"
-            raise UsageError(f"--allow_change {name}: no such part of a run; {hint}")
+        if name in named(Config, "free"):
+            raise UsageError(f"--allow_change {name}: {name} may differ without it; leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            parts = f"it may name {', '.join(PARTS)}, or a setting that changes what is learned"
+            raise UsageError(
+                f"--allow_change {name}: no such part of a run; {f'did you mean {near[0]}?' if near else parts}"
+            )
     return names

@@ -44,7 +44,7 @@ def save(path: Path, payload: dict[str, Any]) -> None:
         OSError: it could not be written, or not as it was meant; what was at ``path`` is still there.
     """
     _check_plain(payload, "checkpoint")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
             writer = _HashingWriter(file)
@@ -97,7 +97,7 @@ class _HashingWriter:
 
 def link(source: Path, target: Path) -> None:
     """Makes ``target`` another name of the checkpoint ``source``, atomically; copies where links are not supported."""
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         try:
@@ -206,8 +206,19 @@ def newest(folder: Path, counts: Callable[[dict[str, Any]], bool] | None = None)
     return found
 
 
-def _place(payload: dict[str, Any]) -> tuple[int, int]:
-    return payload["step"], payload["epoch"]
+def _place(payload: dict[str, Any]) -> tuple[int, int, int]:
+    """How far on: a changed plan (``--allow_change``) counts its steps anew."""
+    return len(payload.get("changes") or ()), payload["step"], payload["epoch"]
+
+
+def set_aside(folder: Path, change: int) -> None:
+    """Renames checkpoint-<step>.pth of before a change of the plan: its steps are counted anew, and would meet them.
+
+    They stay until someone removes them, and count as checkpoints like the others.
+    """
+    for path in folder.glob("checkpoint-*.pth"):
+        if match := _NUMBERED.fullmatch(path.name):
+            path.rename(folder / f"checkpoint-{match[1]}-before-change-{change}.pth")
 
 
 def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
@@ -217,7 +228,7 @@ def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
         trusted: one of those that stay, known to be good. Without it, or where it would not stay, those that stay are
             read to find one.
     """
-    for path in folder.glob("checkpoint-*.pth.tmp"):
+    for path in folder.glob("checkpoint-*.pth.*.tmp"):
         path.unlink(missing_ok=True)
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name)))
     paths = [path for _, path in numbered]

@@ -13,6 +13,7 @@ from config import Config
 from config.checks import check_ranges
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
+Share = Annotated[float, msgspec.Meta(ge=0, le=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
 
 
@@ -45,10 +46,21 @@ class Identity(TypedDict, total=False):
 
     model: dict[str, Any]
     data: dict[str, Any]
+    validation: dict[str, Any]
     curriculum: dict[str, Any]
     batch_size: Count
     seed: int
     optimizer: dict[str, Any]
+
+
+class Change(TypedDict):
+    """Of settings, on the way (training.resume.History)."""
+
+    step: Count
+    progress: Share
+    logged: Share
+    replanned: bool
+    what: list[str]
 
 
 class Checkpoint(TypedDict, total=False):
@@ -67,6 +79,11 @@ class Checkpoint(TypedDict, total=False):
     identity: Identity | None
     config: Required[dict[str, Any]]
     classes: Annotated[list[str], msgspec.Meta(max_length=1 << 24)]
+    progress: Share
+    logged: Share
+    trained: list[list[Count]]
+    changes: list[Change]
+    unwritten: str
 
 
 def check_fields(payload: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def look_up(worker: int) -> tuple[float, float, float]:
 def memory() -> tuple[float, float]:
     """(own, resident) MB of this process; Linux only."""
     fields = {}
-    for line in Path("/proc/self/smaps_rollup").read_text().splitlines()[1:]:
+    for line in Path("/proc/self/smaps_rollup").read_text(encoding="utf-8").splitlines()[1:]:
         key, value = line.split(":")
         fields[key] = int(value.split()[0]) / 1024
     return fields["Private_Clean"] + fields["Private_Dirty"], fields["Rss"]

@@ -26,14 +26,16 @@ from typing_extensions import TypedDict
 
 from config import Config, plain, to_yaml
 from config.files import read_text
+from config.kinds import named
 from training.logs import duration_text, read_log
 from utils import STOPPED, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-# Settings that say where and how a run is carried out, and not what comes out of it.
-CIRCUMSTANCES = (
-    *("output_dir", "auto_resume", "device", "devices", "num_workers", "plan", "speeds", "timeout", "rows"),
-    *("log_interval", "save_interval", "keep_checkpoints", "baseline_epochs"),
+# Settings that say where and how a run is carried out, and not what comes out of it: where it starts and ends, and the
+# data by name, are part of what it is.
+CIRCUMSTANCES = tuple(
+    {*named(Config, "free")}
+    - {"resume", "stop_after", "data_path", "data_set", "train_split", "val_split", "val_per_class", "class_map"}
 )
 
 
@@ -58,7 +60,7 @@ def _open_lock(path: Path) -> TextIO:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             os.close(handle)
             raise OSError(errno.EINVAL, "not a regular file")
-        return open(handle, "w")
+        return open(handle, "w", encoding="utf-8")
     except OSError as error:
         raise ValueError(f"{path} is not a search's lock ({error.strerror}); remove it") from None
 
@@ -111,7 +113,7 @@ def launch(trial: Trial, folder: Path, environment: dict[str, str], held: int, s
         "--output_dir",
         str(folder),
     ]
-    with open(folder / "console.txt", "a") as console:
+    with open(folder / "console.txt", "a", encoding="utf-8") as console:
         process = subprocess.Popen(
             command,
             stdout=console,
@@ -240,7 +242,7 @@ class Laboratory:
         diverged = code == 1 and any(folder.glob("nonfinite-*"))
         if code != 0 and not diverged:
             console = folder / "console.txt"
-            last = console.read_text().strip().splitlines()[-1:] if console.exists() else []
+            last = console.read_text(encoding="utf-8").strip().splitlines()[-1:] if console.exists() else []
             raise ValueError(f"the trial {trial.label} failed ({''.join(last) or f'exit code {code}'}); see {console}")
         self._note(trial, 0.0 if diverged else final_accuracy(folder, trial), time.perf_counter() - began)
 

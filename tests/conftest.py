@@ -85,9 +85,10 @@ def write_images(root, counts, seed=0, size=(40, 48)):
 def main_program():
     """``main_program(argv)`` -> exit code of main.py in this process, which gets its signal handlers back."""
     import main
+    from utils import STOP_SIGNALS
 
     def call(argv):
-        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {name: signal.getsignal(name) for name in map(signal.Signals.__getitem__, STOP_SIGNALS)}
         try:
             return main.main(argv)
         finally:

@@ -26,6 +26,7 @@ from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.logs import duration_text, read_log
 from training.run_files import check_records, read_environment, read_plan, read_settings
+from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
 PICTURE = 1 << 25  # bytes of a picture that the page takes in
@@ -115,6 +116,7 @@ def write_report(output: Path) -> Path:
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
     check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
+    changes = plan.get("changes", [])
     sections = [
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
@@ -122,6 +124,7 @@ def write_report(output: Path) -> Path:
         "<h2>Stages</h2>" + _stages(settings, plan, records),
         "<h2>The plan</h2>" + _drawing(output / "plan.svg"),
         "<h2>What the network saw</h2>" + _samples(output, plan),
+        *(["<h2>Changed on the way</h2>" + _table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -133,9 +136,7 @@ def write_report(output: Path) -> Path:
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>"
     )
     path = output / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 

@@ -50,6 +50,7 @@ class PlanFile(TypedDict, total=False):
     epochs: Required[Number]
     stages: Required[Annotated[list[Stage], msgspec.Meta(min_length=1, max_length=1000)]]
     total: Required[Total]
+    changes: list[Annotated[str, msgspec.Meta(max_length=100_000)]]
 
 
 class Record(TypedDict, total=False):
@@ -57,6 +58,7 @@ class Record(TypedDict, total=False):
 
     epoch: Required[Count]
     step: Required[Count]
+    start: Annotated[float, msgspec.Meta(ge=0, le=1)]
     progress: Required[Annotated[float, msgspec.Meta(ge=0, le=1)]]
     equivalent_epochs: Required[Number]
     input_size: Size

@@ -20,9 +20,10 @@ from training.build import evaluated_passes, make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
-from training.resume import Saver, pack
+from training.resume import History, Saver, pack
+from training.stopping import Agreement, leave_stop_note
 from training.watchdog import Watchdog
-from utils import STOPPED, Agreement, Topology, from_main, leave_stop_note, release_memory, unwrap, wrap
+from utils import STOPPED, Topology, from_main, release_memory, unwrap, wrap
 
 
 @dataclass
@@ -56,9 +57,11 @@ class Session:
     def __post_init__(self) -> None:
         config, plan, topology = self.config, self.plan, self.topology
         self.output = Path(config.output_dir)
-        spent = 0.0
+        spent, self.unwritten = 0.0, ""
         if self.state is not None:
             self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
+            self.unwritten = self.state["unwritten"]
+        self.history = History(self.state["changes"] if self.state else [])
         self.state = None  # a checkpoint is as large as the model with its moments
         self.started = time.perf_counter()
         self.pass_started = self.started - spent  # a pass's time counts what was spent on it before a stop
@@ -74,7 +77,8 @@ class Session:
 
     def __enter__(self) -> Session:
         training, topology = self.training, self.topology
-        self.log = RunLog(self.output if topology.is_main else None, training.step, self.first)
+        logged = self.history.logged(self.plan, self.first)
+        self.log = RunLog(self.output if topology.is_main else None, training.step, logged, self.unwritten)
         self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
         self.watchdog.__enter__()
         return self
@@ -155,10 +159,11 @@ class Session:
         plan, end = self.plan, record.first_step + record.steps
         loss = self.training.loss.mean()
         seconds = max(time.perf_counter() - self.pass_started, 1e-9)
-        images = record.steps * record.batch_size
+        images = (end - self.history.first_step(record)) * record.batch_size
         return {
             "epoch": record.index,  # the pass; the key is what other trainers' logs call it
             "step": end,
+            "start": self.history.logged(plan, record.index),
             "progress": plan.progress(end),
             "equivalent_epochs": plan.equivalent_epochs(end),
             "input_size": record.input_size,
@@ -202,6 +207,8 @@ class Session:
                 self.config,
                 self.sources[0].classes,
                 self.images,
+                self.history,
+                self.log.waiting,
             ),
             (training.step, unfinished),
             better,
@@ -214,7 +221,7 @@ class Session:
         """Writes images (uint8 (N, 3, S, S)) as samples for the report."""
         try:
             save_samples(self.output / "samples" / f"{name}.png", images)
-        except OSError as error:
+        except Exception as error:  # no picture is worth a run
             print(f"warning: samples for the report could not be written: {error}", flush=True)
 
     def _save_samples(self, images: torch.Tensor) -> None:
@@ -226,8 +233,8 @@ class Session:
         if self.topology.is_main:
             try:
                 write_report(self.output)
-            except (OSError, ValueError) as error:
-                print(f"warning: the report could not be written: {error}", flush=True)
+            except Exception as error:  # no report is worth a run
+                print(f"warning: the report could not be written: {error!r}", flush=True)
 
     def stopped(self) -> int:
         """Says why the run ended before its plan. Returns the exit code."""
