@@ -56,7 +56,7 @@ def test_ended_and_launched_again_is_as_if_it_had_not_been(folder, tmp_path, kin
     codes, text = launch(folder, tmp_path / "whole", tmp_path / "log0", both, **KINDS[kind])
     assert codes == [0, 0], text
     ends = {
-        "stop": functools.partial(call_before, "engine.forward_loss", signal_self, signal.SIGTERM, count=11),
+        "stop": functools.partial(call_before, "engine:forward_loss", signal_self, signal.SIGTERM, count=11),
         "kill": functools.partial(kill_after_step, 10),
     }[end]
     faults = dict(both)
