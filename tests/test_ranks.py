@@ -12,7 +12,8 @@ import engine
 
 pytestmark = pytest.mark.extended
 SETTINGS = {"save_interval": "1 steps", "model_ema": True}
-MAE = {"task": "mae", "model": "vit_tiny_patch16_224", "decoder": [2, 64, 4], "mixup": 0, "cutmix": 0, "smoothing": 0}
+UNCHANGED = {"mixup": 0, "cutmix": 0, "reprob": 0, "magnitude": "none"}
+MAE = {"task": "mae", "model": "vit_tiny_patch16_224", "decoder": [2, 64, 4], **UNCHANGED}
 
 
 def compiles_without_code():
@@ -56,7 +57,7 @@ def test_ended_and_launched_again_is_as_if_it_had_not_been(folder, tmp_path, kin
     codes, text = launch(folder, tmp_path / "whole", tmp_path / "log0", both, **KINDS[kind])
     assert codes == [0, 0], text
     ends = {
-        "stop": functools.partial(call_before, "engine.forward_loss", signal_self, signal.SIGTERM, count=11),
+        "stop": functools.partial(call_before, "engine:forward_loss", signal_self, signal.SIGTERM, count=11),
         "kill": functools.partial(kill_after_step, 10),
     }[end]
     faults = dict(both)
