@@ -122,7 +122,7 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
     """
     found = []
     for part, before in (saved["identity"] or {}).items():
-        for key, text in _compared(before, now[part], part):
+        for key, text in _compared(before, now.get(part), part):
             narrower = {"stages": "input_size", "base_size": "input_size", "classes": "num_classes"}.get(key, key)
             names = dict.fromkeys(("data" if part == "validation" else part, narrower))
             found.append(Difference(tuple(names), text, part in ("data", "curriculum", "batch_size")))
