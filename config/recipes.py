@@ -85,7 +85,8 @@ def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, readable as a recipe again."""
-    return yaml.safe_dump(plain(config), sort_keys=False)
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return yaml.safe_dump(settings, sort_keys=False)
 
 
 def plain(value: Any) -> Any:
