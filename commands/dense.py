@@ -22,12 +22,14 @@ from dense.weights import load_dense
 from engine import autocast, evaluate
 from inputs.decode import BadImage
 from models.reading import read_weights
+from models.registry import build_bounded
 from training.build import base_size, has_masks, make_finish, make_model, open_dense, test_sides
 from training.watchdog import Watchdog
 from utils import Topology
 
 # What decides how the model is built and what it is shown: the checkpoint's, unless it was said on the command line.
-FROM_CHECKPOINT = ("task", "head", "head_args", "model", "model_args", "num_classes", "test_side", "max_side", "crop")
+FROM_CHECKPOINT = ("task", "head", "head_args", "model", "model_args", "num_classes", "mean", "std")
+FROM_CHECKPOINT += ("test_side", "max_side", "crop")
 
 
 def evaluate_dense(config: Config, topology: Topology) -> int:
@@ -40,7 +42,7 @@ def evaluate_dense(config: Config, topology: Topology) -> int:
     transform = DetectionTest if config.task == "detection" else SegmentationTest
     share = topology.rank, topology.world_size, config.num_workers, topology.device.type == "cuda"
     loader = eval_loader(source, transform(*test_sides(config)), *share)
-    task, finish = _task(config), make_finish(config, classes, "lanczos")
+    task = _task(config)
     averaged = isinstance(content.get("model_ema"), dict)
     for key in ("model", "model_ema") if averaged else (None,):
         report = load_dense(model, weights, key)
@@ -50,6 +52,8 @@ def evaluate_dense(config: Config, topology: Topology) -> int:
                 f"{len(report.random) - 1} others would stay random)"
             )
         model.to(topology.device)
+        how = replace(config, mean=config.mean or report.mean, std=config.std or report.std)
+        finish = make_finish(how, classes, "lanczos")
         started = time.perf_counter()
         with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:
             stop = partial(watchdog.beat, "evaluating")
@@ -74,9 +78,11 @@ def predict_dense(
     """
     if config.predict_to is None:
         raise UsageError("--predict with a detector or segmenter writes files: name a folder with --predict_to")
-    config = replace(config, **{name: content["config"][name] for name in FROM_CHECKPOINT if name not in said})
+    trained = {name: content["config"].get(name, getattr(config, name)) for name in FROM_CHECKPOINT if name not in said}
+    config = replace(config, **trained)
     names, bad = list(content["classes"]), []
-    model = make_model(replace(config, drop_path=0.0), config.num_classes or len(names), base_size(config))
+    build = partial(make_model, replace(config, drop_path=0.0), config.num_classes or len(names), base_size(config))
+    model = build_bounded(build, config.model, content[key], config.resume)
     load_dense(model, config.resume, key)
     model.to(topology.device).eval()
     names += [f"unnamed {i}" for i in range(len(names), config.num_classes or 0)]

@@ -6,6 +6,7 @@ import json
 import pkgutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
         config.num_workers,
         topology.device.type == "cuda",
     )
-    finish, task = make_finish(config, len(known), "lanczos"), Classification(columns=columns)
+    task = Classification(columns=columns)
     averaged = isinstance(content.get("model_ema"), dict)
     for key in ("model", "model_ema") if averaged else (None,):
         report = load_weights(model, source_of_weights, key=key)
@@ -68,6 +69,10 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
                 f"{source_of_weights} has no head for {len(known)} classes ({', '.join(report.random)} would stay "
                 "random): train one with --finetune, or name the number of classes it has with --num_classes"
             )
+        if topology.is_main:
+            print(report, file=sys.stderr)
+        how = replace(config, mean=config.mean or report.mean, std=config.std or report.std)
+        finish = make_finish(how, len(known), "lanczos")
         model.to(topology.device)
         started = time.perf_counter()
         with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:

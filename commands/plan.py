@@ -10,6 +10,7 @@ from typing import Any
 
 from config import Config, UsageError, as_usage
 from config.checks import DENSE_TASKS
+from config.files import read_text
 from curriculum import CurriculumSampler, Plan, summarize, table
 from datasets import build_source
 from dense.cost import DETECTION, SEGMENTATION, count
@@ -67,9 +68,9 @@ def make_summary(
 def load_speeds(path: str) -> dict[int, float]:
     """The file of measured speeds: images that one device trains per second, by input size. Raises UsageError."""
     try:
-        speeds = json.loads(Path(path).read_text(encoding="utf-8"))["images_per_s"]
+        speeds = json.loads(read_text(path, 1 << 20))["images_per_s"]
         return {int(size): float(speed) for size, speed in speeds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(
             f'--speeds {path} must be a file like {{"images_per_s": {{"96": 2500.0, "224": 480.0}}}}'
         ) from None

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, ge
 
 from config.recipes import load_recipe
 from config.settings import GROUPS, Config
+from config.usage import UsageError
 
 DESCRIPTION = """\
 Trains vision backbones with the EfficientTrain curricula: early training sees low-frequency, weakly augmented images.
@@ -59,13 +60,16 @@ class _Recipe(Action):
 
 
 def parse_config(argv: list[str]) -> Config:
-    """Command line -> settings: defaults, then ``--recipe``, then flags. Wrong usage exits with code 2 and one line."""
-    return parse_stated(argv)[0]
+    """As :func:`parse_stated`, the settings alone; wrong usage exits with code 2 and one line."""
+    try:
+        return parse_stated(argv)[0]
+    except UsageError as error:
+        sys.exit(usage_error(str(error)))
 
 
 def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
-    """The settings, and the names of those that the command line states, in its recipe or by flags, be they the
-    defaults or not. Exits as :func:`parse_config` does."""
+    """Command line -> settings: defaults, then ``--recipe``, then flags; and the names of those that the command line
+    states, in its recipe or by flags, be they the defaults or not. Raises UsageError."""
     parser = _parser()
     try:
         flags = vars(_parse(parser, argv))
@@ -78,8 +82,14 @@ def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
         except ArgumentError as error:
             raise ValueError(f"recipe {recipe}: {_short(error)}") from None
         values = vars(parser.parse_args(argv, namespace=known))
+        name = str(content.get("model", ""))
+        if (":" in name or "/" in name) and "model" not in flags:
+            raise ValueError(
+                f"recipe {recipe} asks for the model {name}, which is code from outside this project; if you trust it, "
+                f"name it on the command line: --model {name}"
+            )
     except (ArgumentError, ValueError, OSError) as error:
-        sys.exit(usage_error(_short(error)))
+        raise UsageError(_short(error)) from None
     values.pop("recipe")
     return Config(**values), {*content, *flags}
 

@@ -8,14 +8,16 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 
 from models.reading import read_weights
+from models.registry import build_bounded, check_name_from_file
+from models.weights import Report
 
 from .build import MULTIPLE, make_dense
 from .graphs import DetectorGraph, SegmenterGraph
@@ -45,12 +47,18 @@ def export(source: str, out: str | Path, form: str, size: tuple[int, int] | None
     """
     content = read_weights(source)
     settings, classes = content.get("config"), content.get("classes")
-    if not isinstance(settings, dict) or settings.get("task") not in ("detection", "segmentation"):
+    if "format_version" not in content or not classes or settings.get("task") not in ("detection", "segmentation"):
         raise ValueError(f"{source} is no checkpoint of a detector or segmenter of this project")
-    head = settings["head"] or ("mask_rcnn" if settings["task"] == "detection" else "upernet")
-    outputs = settings["num_classes"] or len(classes)
-    model = make_dense(head, settings["model"], outputs, 0.0, settings["model_args"], settings["head_args"]).eval()
-    load_dense(model, source, "model_ema" if ema else "model")
+    try:
+        head = settings["head"] or ("mask_rcnn" if settings["task"] == "detection" else "upernet")
+        outputs = settings["num_classes"] or len(classes)
+        name, body, options = settings["model"], settings["model_args"], settings["head_args"]
+    except KeyError as error:
+        raise ValueError(f"{source}: its settings lack {error}, so its model cannot be built from it") from None
+    check_name_from_file(name, {**(body or {}), **(options or {})}, source)
+    build = partial(make_dense, head, name, outputs, 0.0, body, options)
+    model = build_bounded(build, name, content["model"], source).eval()
+    report = load_dense(model, source, "model_ema" if ema else "model")
     out = Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
@@ -61,19 +69,21 @@ def export(source: str, out: str | Path, form: str, size: tuple[int, int] | None
             torch.save({"state_dict": state, "meta": {"CLASSES": list(classes)}}, temporary)
             about = f"{len(state)} tensors in the names of {form}"
         else:
-            about = _write_graph(model, temporary, form, size or (512, 512), classes)
+            about = _write_graph(model, temporary, form, size or (512, 512), classes, report)
         os.replace(temporary, out)
     finally:
         temporary.unlink(missing_ok=True)
     return f"{out}: {about}"
 
 
-def _write_graph(model: torch.nn.Module, path: Path, form: str, size: tuple[int, int], classes: Sequence[str]) -> str:
+def _write_graph(
+    model: torch.nn.Module, path: Path, form: str, size: tuple[int, int], classes: Sequence[str], report: Report
+) -> str:
     if any(side < MULTIPLE or side % MULTIPLE for side in size):
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are multiples of {MULTIPLE}")
     graph = SegmenterGraph(model) if hasattr(model, "auxiliary_head") else DetectorGraph(model)
     images = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    about = {"classes": list(classes), "size": list(size), "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
+    about = {"classes": list(classes), "size": list(size), "mean": report.mean, "std": report.std}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         try:

@@ -13,13 +13,15 @@ from torch.utils.data import DataLoader
 
 from curriculum import CurriculumSampler
 from datasets import loader_options
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 
 from .draw import SHOWN, draw_labels, draw_objects
 from .scenes import EvalScenes, TrainScenes
 from .score import DetectionScorer, SegmentationScorer
 from .transforms import collate
 from .upernet import segment
+
+BYTES = 12  # of a pixel of a scene: its colour, and a label or the masks of a few objects
 
 
 @dataclass
@@ -37,8 +39,11 @@ class Scenes:
     def to(self, device: torch.device, non_blocking: bool = False) -> Scenes:
         return replace(self, targets=_apply(self.targets, lambda x: x.to(device, non_blocking=non_blocking)))
 
+    def is_pinned(self) -> bool:
+        return self.sizes.is_pinned()
+
     def pin_memory(self) -> Scenes:
-        return replace(self, targets=_apply(self.targets, lambda x: x.pin_memory()))
+        return Scenes(self.sizes.pin_memory(), _apply(self.targets, lambda x: x.pin_memory()))
 
 
 def _apply(value: Any, function) -> Any:
@@ -53,7 +58,9 @@ def training_batches(
     data: TrainScenes, sampler: CurriculumSampler, workers: int, pin: bool
 ) -> Iterator[tuple[Tensor, Scenes]]:
     """Batches for the rest of the run, uint8 images (N, 3, H, W) and their scenes, one per forward pass."""
-    yield from DataLoader(data, batch_sampler=sampler, collate_fn=_train_batch, **loader_options(workers, pin))
+    groups = max(len(groups) for epoch in sampler.plan for groups in sampler.forward_passes(epoch))
+    options = loader_options(workers, pin, groups * sampler.micro_batch * data.transform.pixels * BYTES)
+    yield from DataLoader(data, batch_sampler=sampler, collate_fn=_train_batch, **options)
 
 
 def eval_loader(source, transform, rank: int, world_size: int, workers: int, pin: bool) -> DataLoader:
@@ -64,7 +71,7 @@ def eval_loader(source, transform, rank: int, world_size: int, workers: int, pin
         batch_size=1,
         sampler=range(rank, len(source), world_size),
         collate_fn=_eval_batch,
-        **loader_options(min(workers, -(-len(source) // world_size)), pin),
+        **loader_options(min(workers, -(-len(source) // world_size)), pin, transform.pixels * BYTES),
     )
 
 
@@ -81,8 +88,13 @@ def _eval_batch(samples: list[tuple[Tensor, dict[str, Any]]]) -> tuple[Tensor, S
 class SceneFinish(Finish):
     """Normalises images of any size; their padding has the mean colour, so that it becomes zero to within 0.01."""
 
-    def __init__(self, channels_last: bool = False) -> None:
-        super().__init__(0, erasing=0, mixup=0, cutmix=0, channels_last=channels_last)
+    def __init__(
+        self,
+        mean: Sequence[float] = IMAGENET_MEAN,
+        std: Sequence[float] = IMAGENET_STD,
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__(0, mean, std, erasing=0, mixup=0, cutmix=0, channels_last=channels_last)
 
     def train(self, images: Tensor, targets: Scenes, *_: Any) -> tuple[Tensor, Scenes]:
         return self.normalise(images), targets

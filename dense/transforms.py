@@ -46,6 +46,7 @@ class DetectionTrain:
             raise ValueError(f"--train_sides {list(sides)} must be positive and at most --max_side {max_side}")
         self.base_size, self.sides, self.max_side = base_size, tuple(sides), max_side
         self.flip, self.crop_prob = flip, crop_prob
+        self.pixels = max(sides) * max_side  # of the largest image that this gives
 
     def __call__(self, scene: tuple[torch.Tensor, dict], size: int, seed: int) -> tuple[torch.Tensor, dict]:
         image, target = scene
@@ -69,7 +70,7 @@ class DetectionTest:
     """The whole image at one size; targets only say what is needed to map detections back: ``original_size``."""
 
     def __init__(self, side: int = 800, max_side: int = 1333) -> None:
-        self.side, self.max_side = side, max_side
+        self.side, self.max_side, self.pixels = side, max_side, side * max_side
 
     def __call__(self, scene: tuple[torch.Tensor, Any]) -> tuple[torch.Tensor, dict]:
         image = scene[0]
@@ -100,6 +101,7 @@ class SegmentationTrain:
         if crop < 1 or not 0 < ratio[0] <= ratio[1]:
             raise ValueError(f"--crop is {crop} and its scales {ratio}: both must be positive, smallest first")
         self.base_size, self.crop, self.side, self.max_side = base_size, crop, side, max_side
+        self.pixels = crop**2
         self.ratio, self.cat_max_ratio, self.flip, self.distort = ratio, cat_max_ratio, flip, distort
 
     def __call__(
@@ -141,7 +143,7 @@ class SegmentationTest:
     """The whole image at one size; targets have its label map as it is, ``label`` (H, W), and ``original_size``."""
 
     def __init__(self, side: int = 512, max_side: int = 2048) -> None:
-        self.side, self.max_side = side, max_side
+        self.side, self.max_side, self.pixels = side, max_side, side * max_side
 
     def __call__(self, scene: tuple[torch.Tensor, torch.Tensor | None]) -> tuple[torch.Tensor, dict]:
         image, labels = scene

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from models.formats import BOOKKEEPING, to_official, to_timm
+from models.formats import BOOKKEEPING, Layout, to_official, to_timm
+from models.normalisation import normalisation
 from models.reading import read_weights
 from models.weights import Report, choose_weights, fit
 
@@ -127,7 +128,8 @@ def load_dense(model: OnBody, source: str | Path, key: str | None = None) -> Rep
     Raises:
         ValueError: the file cannot be read safely, or does not fit; the message names the tensors.
     """
-    report, state = choose_weights(read_weights(source), source, key)
+    content = read_weights(source)
+    report, state = choose_weights(content, source, key)
     if not any(name.startswith((_THEIRS, _OURS)) for name in state):
         report = model.body.load(source, key)
         report.random += [name for name in model.state_dict() if not name.startswith(_OURS) and _trained(name)]
@@ -158,6 +160,8 @@ def load_dense(model: OnBody, source: str | Path, key: str | None = None) -> Rep
         )
     model.load_state_dict(new, strict=False)
     report.loaded = list(new)
+    layout = Layout(report.layout, frozenset())
+    report.mean, report.std, report.why = normalisation(model, content, str(source), layout, state)
     return report
 
 

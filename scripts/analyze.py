@@ -30,6 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for figure and numbers")
     of_runs = argparse.ArgumentParser(add_help=False)
     of_runs.add_argument("--data_path", help="where the runs' data lie now (default: where they lay)")
+    of_runs.add_argument("--model", help="the runs' model, if it is package.module:function (default: the registry's)")
     of_runs.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any"
     )
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         if args.command == "proposition1":
             proposition1.report(*proposition1.measure(args.base_size, args.sizes, args.images), args.output)
             return 0
-        device, runs = torch.device(args.device), [RunFolder(path, args.data_path) for path in args.runs]
+        device, runs = torch.device(args.device), [RunFolder(path, args.data_path, args.model) for path in args.runs]
         if args.command == "filtered":
             rows = []
             for run in runs:

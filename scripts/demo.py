@@ -67,7 +67,7 @@ def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
 def result(folder: Path) -> dict[str, float]:
     """Accuracy at the end (per cent), compute relative to the full ordinary schedule, seconds of training."""
     records = read_log(folder / "log.txt")
-    total = json.loads((folder / "plan.json").read_text())["total"]
+    total = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["total"]
     return {
         "accuracy": records[-1]["test_acc1"],
         "compute": 1 / total["speedup_flops"],
@@ -126,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, for mean and spread")
     parser.add_argument("--epochs", type=float, help="full budget in ordinary epochs (default: the recipe's)")
     args = parser.parse_args()
-    epochs = args.epochs or yaml.safe_load(RECIPE.read_text())["epochs"]
+    epochs = args.epochs or yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["epochs"]
 
     runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     started, done, total = time.perf_counter(), 0.0, sum(arm.share for arm, _ in runs)

@@ -23,28 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from config import Config  # noqa: E402
+from config.kinds import named  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
 from training.logs import duration_text, read_log, spread  # noqa: E402
+from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
-# What says where, how fast or how often a run looks, and not what it learns.
-CIRCUMSTANCES = (
-    *("seed", "output_dir", "data_path", "resume", "auto_resume", "device", "devices", "deterministic", "num_workers"),
-    *(
-        "log_interval",
-        "eval_interval",
-        "save_interval",
-        "keep_checkpoints",
-        "compile",
-        "channels_last",
-        "speeds",
-        "plan",
-    ),
-)
+# What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
+CIRCUMSTANCES = (*named(Config, "free"), "seed")
 # What runs are judged by, in the column top-1 too.
 SCORES = {"detection": "test_box_AP", "segmentation": "test_mIoU"}
 COLUMNS = (
@@ -65,6 +54,11 @@ class Run:
     devices: str
 
     @property
+    def changes(self) -> list[str]:
+        """What was changed on the way, step by step."""
+        return self.plan.get("changes", [])
+
+    @property
     def ordinary(self) -> bool:
         return len(self.plan["stages"]) == 1 and self.settings["magnitude"] in (None, "constant")
 
@@ -75,7 +69,8 @@ class Run:
     @property
     def recipe(self) -> str:
         """What runs of different seeds share."""
-        return json.dumps({key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES})
+        settings = {key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES}
+        return json.dumps([settings, self.changes])
 
     @property
     def comparable(self) -> tuple[Any, ...]:
@@ -108,19 +103,22 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(path: Path) -> Run | str:
     """A run, or why it is none that counts."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
-        plan = json.loads((path / "plan.json").read_text())
-        records = read_log(path / "log.txt")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings, plan = read_settings(path), read_plan(path)
+        records = check_records(read_log(path / "log.txt"), path / "log.txt")
+        devices = read_environment(path).get("devices", "unknown")
+    except (OSError, ValueError) as error:
         return str(error)
     if not records or records[-1]["progress"] < 1:
         return "not finished"
+    done = 0.0  # of the plan's clock; records of earlier versions do not say where their pass began
+    for record in records:
+        if abs(record.get("start", done) - done) > 1e-6:
+            return f"log.txt has no pass that trained {100 * done:.1f} to {100 * record['start']:.1f} % of its plan"
+        done = record["progress"]
     last = records[-1]
     key = SCORES.get(settings.get("task"), "test_acc1")
     if last.get(key) is None:
         return "no evaluation at the end"
-    about = path / "environment.json"
-    devices = json.loads(about.read_text())["devices"] if about.exists() else "unknown"
     # The papers evaluate the average where they keep one.
     top1 = last.get(f"{key}_ema", last[key])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)
@@ -181,6 +179,12 @@ def markdown(lines: list[dict[str, str]]) -> str:
     return "\n".join(parts)
 
 
+def changed(runs: list[Run]) -> str:
+    """The runs of which settings were changed on the way, and when which; they are lines of their own in the tables."""
+    lines = [f"- {run.path}: {line}" for run in runs for line in run.changes]
+    return "\n".join(["## Changed on the way", "", *lines, ""]) if lines else ""
+
+
 def to_csv(lines: list[dict[str, str]]) -> str:
     names = {"theirs": "top-1, theirs", "theirs ": "less compute, theirs", "theirs  ": "less time, theirs"}
     file = io.StringIO()
@@ -218,13 +222,13 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text()))
-    text = markdown(lines)
+    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text(encoding="utf-8")))
+    text = markdown(lines) + changed(runs)
     print(text)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
         for name, content in {"results.md": text, "results.csv": to_csv(lines)}.items():
-            (arguments.output / name).write_text(content)
+            (arguments.output / name).write_text(content, encoding="utf-8")
         draw(runs, arguments.output)
     return 0
 

@@ -170,7 +170,8 @@ def write_recipes(found: Found, folder: Path, command: str) -> None:
             if (value != defaults[key] or key in STATED) and key not in (*CIRCUMSTANCES, *OURS, "data_path", "seed")
         }
         path = folder / f"{name}.yaml"
-        head = [f"Found by {command}", f"  python main.py --recipe {path} --data_path DATA --output_dir OUT"]
+        own = f" --model {config.model}" if ":" in config.model or "/" in config.model else ""
+        head = [f"Found by {command}", f"  python main.py --recipe {path}{own} --data_path DATA --output_dir OUT"]
         head += ["Top-1 on the validation images, of all trials that led here:", *found.evidence]
         text = "".join(f"# {line}\n" for line in head)
         write_text(path, text + yaml.safe_dump(settings, sort_keys=False))

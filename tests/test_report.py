@@ -49,7 +49,7 @@ def test_report_of_a_finished_run(train):
     records = run.log()
     best = max(max(r["test_acc1"], r["test_acc1_ema"]) for r in records if r.get("eval_size") == 64)
     assert f"done 2 epochs, {plan['total']['steps']} optimizer steps {best:.2f} % best top-1 at 64 pixels" in page.text
-    assert page.tags.count("img") == 3 and page.tags.count("table") == 3
+    assert page.tags.count("img") == 4 and page.tags.count("table") == 3
     assert page.tags.count("script") == 0
     assert all(link.startswith("data:") for link in page.links)  # one page, no network
     for words in ("tiny_models:convnet · efficienttrain++", "batch_size 8 4096", "validation, average", "torch"):

@@ -27,11 +27,15 @@ def make(tmp_path):
         settings = {"model": "swin_tiny", "curriculum": curriculum, "output_dir": str(path), **settings}
         config = json.loads(json.dumps(asdict(Config(**settings))))
         (path / "config.yaml").write_text(yaml.safe_dump(config))
-        stages = [{}] if curriculum == "none" else [{}, {}, {}]
+        of_stage = {"input_size": 224, "passes": 1.0, "steps": 3, "images": 24, "magnitude": [0.0, 9.0]}
+        of_stage |= {"batch_size": 8, "compute": 1.0, "forward_passes": None, "forward_batch": None}
+        stages = [of_stage] * (1 if curriculum == "none" else 3)
         total = {"speedup_flops": speedup, "speedup_pixels": 1.5, "equivalent_epochs": 200.0}
+        total |= {"steps": 9, "params": None, "flops": None}
         plan = {"curriculum": curriculum, "base_size": 224, "epochs": 200, "stages": stages, "total": total}
         (path / "plan.json").write_text(json.dumps(plan))
-        record = {"step": 9, "progress": progress, "seconds": seconds / 2, "test_acc1": top1}
+        record = {"step": 9, "progress": progress, "seconds": seconds / 2, "test_acc1": top1, "epoch": 1, "images": 8}
+        record |= {"equivalent_epochs": 1.0, "train_loss": 1.0, "images_per_s": 10.0}
         (path / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in ({**record, "progress": 0.5}, record)))
         (path / "environment.json").write_text(json.dumps({"devices": devices}))
         return path

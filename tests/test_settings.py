@@ -22,6 +22,7 @@ import datasets
 import main
 import training.build
 import training.session
+import training.stopping as stopping
 import training.validation
 import utils
 from commands.predict import predict
@@ -153,7 +154,7 @@ class Make:
 
 @pytest.fixture
 def make(request, monkeypatch):
-    monkeypatch.setattr(utils.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(stopping.signal, "signal", lambda *_: None)
     return Make(request)
 
 
@@ -343,7 +344,7 @@ def _(make):
 # -- where the data lie ------------------------------------------------------------------------------------------------
 wired("train_split", "val", lambda p: len(p.source), 15)
 wired("val_split", "train", lambda p: len(p.held_out), 48)
-wired("val_per_class", 1, lambda p: (len(p.source), len(p.held_out)), (45, 3))
+wired("val_per_class", 1, lambda p: len(p.source) + len(p.held_out), 48)
 wired("val_share", "10%", lambda p: len(p.source) + len(p.held_out), 48)
 wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None))
 wired("label_columns", ["a", "b"], lambda p: opened(p)["table"][1], labels="table.csv")
@@ -476,6 +477,16 @@ def _(make):
             main.run(make(deterministic=value).config, set())
     finally:
         torch.use_deterministic_algorithms(False)
+    assert seen == [False, True]
+
+
+@special("tf32")
+def _(make):
+    seen = []
+    make.monkeypatch.setattr(main, "train", lambda *_: 0)
+    make.monkeypatch.setattr(main, "init_topology", lambda device, deterministic, tf32, timeout: seen.append(tf32))
+    for value in (False, True):
+        main.run(make(tf32=value).config, set())
     assert seen == [False, True]
 
 

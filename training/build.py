@@ -26,7 +26,7 @@ from dense.transforms import SIDES, DetectionTest, DetectionTrain, SegmentationT
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform
@@ -179,6 +179,12 @@ def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> 
         )
 
 
+def evaluated_passes(plan: Plan, interval: str | float) -> list[int]:
+    """Indices of the passes that end with an evaluation: those in which the interval elapses, and the last."""
+    due = (record for record in plan if plan.due(interval, record.first_step + record.steps, since=record.first_step))
+    return sorted({record.index for record in due} | {len(plan) - 1})
+
+
 def make_batches(
     config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -186,9 +192,13 @@ def make_batches(
     if config.task in DENSE_TASKS:
         scenes = TrainScenes(source, make_scene_transform(config, plan), BadFiles(config.max_bad, config.output_dir))
         return dense_batches(scenes, sampler, config.num_workers, device.type == "cuda")
-    on_device = DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
-    data = make_train_set(config, plan, source)
-    return training_batches(data, sampler, device, config.num_workers, on_device, config.replay_memory * 1e9)
+    data, augment = make_train_set(config, plan, source), make_augment(config, plan)
+    return training_batches(data, sampler, device, config.num_workers, augment, config.replay_memory * 1e9)
+
+
+def make_augment(config: Config, plan: Plan) -> DeviceAugment | None:
+    """What augments batches on the device, if it does not happen in the loader's workers."""
+    return DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
 
 
 def make_scene_transform(config: Config, plan: Plan) -> DetectionTrain | SegmentationTrain:
@@ -262,9 +272,11 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
     if config.task in DENSE_TASKS:
-        return SceneFinish(config.channels_last)
+        return SceneFinish(config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD, config.channels_last)
     return Finish(
         num_classes=num_classes,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
         operator=operator,
         base_size=config.input_size,
         erasing=config.reprob,

@@ -18,15 +18,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
 from config import Config, plain
+from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.logs import duration_text, read_log
+from training.run_files import check_records, read_environment, read_plan, read_settings
+from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
+PICTURE = 1 << 25  # bytes of a picture that the page takes in
 SAMPLES = 8  # images shown of each stage
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f6f4; margin: 0 }
@@ -35,12 +38,12 @@ h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px }
 .cards, .grid { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
 .card { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px }
 .card b { display: block; font-size: 20px } .card span { color: #666; font-size: 13px }
-.grid > svg, .plan > svg { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
+.grid > svg, .plan { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
 table { border-collapse: collapse; background: #fff; border: 1px solid #ddd; font-size: 14px }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums }
 th { color: #666; font-weight: 600 } td.name, th.name { text-align: left }
 figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 }
-img { width: 1000px; max-width: 100%; image-rendering: pixelated }
+figure img { width: 1000px; max-width: 100%; image-rendering: pixelated }
 details { margin-top: 12px }
 pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto; font-size: 13px }
 """
@@ -115,20 +118,23 @@ def write_report(output: Path) -> Path:
     """Writes ``report.html`` from what lies in the output folder, and returns its path.
 
     Raises:
-        OSError: ``output`` is no output folder: it has no config.yaml or plan.json.
+        OSError: ``output`` is no output folder: it has no config.yaml or plan.json, or they cannot be read.
+        ValueError: they hold something else than a run writes.
     """
-    settings = yaml.safe_load((output / "config.yaml").read_text())
-    plan = json.loads((output / "plan.json").read_text())
+    settings, plan = read_settings(output), read_plan(output)
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
+    check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
+    changes = plan.get("changes", [])
     sections = [
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         "<h2>Stages</h2>" + _stages(settings, plan, records),
         _classes(records),
-        "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
+        "<h2>The plan</h2>" + _drawing(output / "plan.svg"),
         "<h2>What the network saw</h2>" + _samples(output, settings, plan),
+        *(["<h2>Changed on the way</h2>" + _table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -140,9 +146,7 @@ def write_report(output: Path) -> Path:
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>"
     )
     path = output / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 
@@ -287,11 +291,19 @@ def _figure(path: Path, about: str, more: str) -> str:
     """A picture and what it shows; empty if it is not there."""
     if not path.exists():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_bytes(path, PICTURE)).decode()
     return (
         f'<figure><img alt="{escape(about)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(about)} {escape(more)}</figcaption></figure>"
     )
+
+
+def _drawing(path: Path) -> str:
+    """An SVG as a picture of its own: a browser runs none of the scripts in one, and fetches nothing for it."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(read_bytes(path, PICTURE)).decode()
+    return f'<img class="plan" alt="the plan" src="data:image/svg+xml;base64,{data}">'
 
 
 def _settings(settings: dict[str, Any]) -> str:
@@ -305,9 +317,7 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _environment(output: Path) -> str:
-    path = output / "environment.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return _table(["", ""], [[key, value] for key, value in known.items()], names=2)
+    return _table(["", ""], [[key, value] for key, value in read_environment(output).items()], names=2)
 
 
 def _table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
@@ -323,4 +333,4 @@ def _table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return read_text(path) if path.exists() else ""

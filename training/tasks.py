@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from curriculum.sampler import derive_seed
 from engine import PerImage
 from inputs.finish import Finish
+from inputs.transfer import send
 
 
 class Classification:
@@ -110,4 +111,4 @@ class Reconstruction:
         seeds = list(seeds)
         shape = len(images) // len(seeds), math.prod(side // self.patch_side for side in images.shape[-2:])
         drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.cat(drawn).to(images.device, non_blocking=True)
+        return send(torch.cat(drawn), images.device)
