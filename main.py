@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
+
+from config.command_line import parse_stated
+
+if __name__ == "__main__":
+    parse_stated(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
+
+import json
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -21,13 +27,13 @@ from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, to_yaml
 from config.checks import DENSE_TASKS, check_settings, parse_parts
-from config.command_line import given, parse_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
 from dense.weights import load_dense
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
 from training.build import (
+    describe,
     describe_replay,
     make_model,
     make_plan,
@@ -37,11 +43,12 @@ from training.build import (
     open_sources,
     place,
     synchronise,
+    usable,
 )
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
 from training.report import environment, plan_picture
-from training.resume import checkpoint_to_resume, restore, size_of_weights
+from training.resume import checkpoint_to_resume, class_order, restore, size_of_weights
 from training.session import Session
 from training.validation import is_better, validate
 from utils import (
@@ -98,13 +105,17 @@ def prepare(config: Config, topology: Topology) -> Session | None:
     if stays_stopped(output, topology):
         return None
 
-    # The data and the plan
-    sources = open_sources(config)
-    classes = number_of_classes(config, sources[0])
-    plan = make_plan(config, len(sources[0]), classes)
-
     # The checkpoint to resume from
     found = checkpoint_to_resume(config, topology)
+    order = class_order(config, found)
+
+    # The data and the plan
+    sources = open_sources(config, order)
+    classes = number_of_classes(config, sources[0])
+    plan = make_plan(config, len(sources[0]), classes)
+    sources = sources[0], usable(config, sources[1])
+    if topology.is_main:
+        print("\n".join(describe(config, sources)), flush=True)
     identity = identify(config, plan, sources[0], classes)
     state = None
     if found is not None:
@@ -202,7 +213,7 @@ def run(config: Config, said: set[str]) -> int:
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     try:
-        return run(parse_config(argv), given(argv))
+        return run(*parse_stated(argv))
     except UsageError as error:
         return die(error, 2)
     except (ValueError, OSError, NonFinite) as error:

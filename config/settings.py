@@ -77,22 +77,36 @@ class DataConfig:
     """data"""
 
     data_set: str = "folder"
-    """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
-    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. For --task detection coco (a COCO
-    json) or voc, for segmentation ade20k or masks (a folder of label maps)."""
+    """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; hfds/NAME: a
+    Hugging Face data set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. Of
+    --task detection: coco (a COCO json), voc; of segmentation: ade20k, masks (a folder of label maps)."""
     data_path: str | None = None
     """Where the data set lies."""
     train_split: str = "train"
-    """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
-    imagenet21k_train+imagenet21k_small_classes)."""
+    """Folder (or Hugging Face split) of the training images; train finds Training, seg_train and the like, too. Several
+    are joined by + (ImageNet-22K in its winter21 layout: imagenet21k_train+imagenet21k_small_classes)."""
     val_split: str = "val"
-    """The same of the validation images."""
+    """The same of the validation images; val finds valid, Validation, test, Testing and the like, too."""
     val_per_class: int | None = None
-    """Where there is no validation set: this many images of each class are held out from training."""
+    """Where there is no validation set: about this many images of each class, at most a tenth of it, are held out from
+    training, by a hash of their paths: other images added or removed change nothing."""
+    val_share: float | str | None = None
+    """The same as a share of all images: 10% or 0.1."""
+    labels: str | None = None
+    """Table of the labels of images in a folder or in tar archives: .csv, .tsv, .jsonl, .json or .parquet with a column
+    of paths, one of labels and, if one file serves both, one of splits (train, val). ImageNet's lists of validation
+    labels are found without it."""
+    label_columns: list[str] | None = None
+    """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
+    label_separator: str | None = None
+    """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
+    label_key: str = "label"
+    """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
     class_map: str | None = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: float = 0.001
-    """Share of training images that may be unreadable (named in bad_files.txt, replaced); beyond it the run stops."""
+    """Share of the images that may be unreadable, but at least 10 files (0: none). Training images are replaced and
+    named in bad_files.txt, validation images found and left out before the first step; beyond it the run stops."""
     num_images: int | None = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
     num_classes: int | None = None
@@ -103,6 +117,10 @@ class DataConfig:
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Training: range of the crop's width / height, before it is resized to a square."""
+    train_interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    """Training: how the crop is resized to the base size; random: one of the two, drawn for each image, as timm's."""
     pipeline: Literal["exact", "fast"] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
     augment_on: Literal["host", "device"] = "host"
@@ -235,6 +253,9 @@ class AugmentConfig:
     """Probability of random erasing."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Brightness, contrast and saturation are scaled by factors up to this far from 1, before RandAugment; 0 is off.
+    (In timm and ConvNeXt it is ignored where RandAugment runs; --magnitude none switches that off.)"""
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-MODES = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
+OPERATORS = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
 
 
 def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -69,7 +69,7 @@ def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
         x: images (..., C, H, W), float or uint8. uint8 results are rounded and clamped to 0 ... 255, which cuts off the
             overshoot of `fourier`: float images keep it.
         size: side of the output, 1 <= size <= min(H, W). If size == H == W, x itself is returned.
-        mode: one of `MODES`.
+        mode: one of `OPERATORS`.
     Returns:
         (..., C, size, size) in x's dtype.
     Raises:
@@ -78,8 +78,8 @@ def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
     >>> downsample(torch.zeros(3, 256, 320, dtype=torch.uint8), 96, "lanczos").shape
     torch.Size([3, 96, 96])
     """
-    if mode not in MODES:
-        raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+    if mode not in OPERATORS:
+        raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(OPERATORS)}")
     _check_images(x)
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise ValueError(f"downsample takes float or uint8 images, got {x.dtype}: convert them first")

@@ -16,7 +16,7 @@ SCHEDULES = ("cosine", "steps", "poly")
 STEP_FACTOR = 0.1  # of the learning rate, at each of lr_steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Pass` records in order."""
 
@@ -41,6 +41,15 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        """A line for the run and one for each stage; `curriculum.table` says more."""
+        stages = [
+            f"  B {stage.input_size}: {stage.passes:.1f} passes, {stage.steps:,} steps of {stage.batch_size:,} images"
+            for stage in self.stages
+        ]
+        head = f"Plan: {self.curriculum.name}, {self.epochs:g} epochs at base size {self.base_size}"
+        return "\n".join([f"{head}, {self.num_images:,} images, {self.total_steps:,} steps", *stages])
 
     @property
     def base_size(self) -> int:

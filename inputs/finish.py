@@ -51,17 +51,6 @@ class Finish:
         smoothing: float = 0.1,
         channels_last: bool = False,
     ):
-        for setting, value in {
-            "--reprob": erasing,
-            "--mixup_prob": mixup_prob,
-            "--mixup_switch_prob": switch_prob,
-            "--smoothing": smoothing,
-        }.items():
-            if not 0 <= value <= 1:
-                raise ValueError(f"{setting} is {value}: it lies in [0, 1]")
-        for setting, value in {"--mixup": mixup, "--cutmix": cutmix}.items():
-            if value < 0:
-                raise ValueError(f"{setting} is {value}: an alpha is at least 0 (0 is off)")
         self.fourier = operator == "fourier"
         self.base_size = base_size
         self.erasing = erasing

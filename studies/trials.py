@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from config import Config, to_yaml
+from config import Config, plain, to_yaml
 from training.logs import duration_text, read_log
 from utils import STOPPED, write_text
 
@@ -218,7 +218,7 @@ class Laboratory:
                 "accuracy": accuracy,
                 "compute": round(trial.compute, 4),
                 "seconds": round(seconds, 1),
-                "settings": asdict(trial.config),
+                "settings": plain(trial.config),
             }
             write_text(self.ledger, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
             used = self.used

@@ -125,12 +125,6 @@ def test_bad_input_is_named(batch):
         finish.train(images, targets, 32, [1], 4)
     with pytest.raises(ValueError, match="24x24"):
         finish.train(images, targets, 24, SEEDS, 4)
-    for setting in ("mixup", "cutmix"):
-        with pytest.raises(ValueError, match=f"--{setting}"):
-            Finish(10, **{setting: -1})
-    for setting, flag in {"erasing": "reprob", "mixup_prob": "mixup_prob", "smoothing": "smoothing"}.items():
-        with pytest.raises(ValueError, match=f"--{flag}"):
-            Finish(10, **{setting: 1.5})
 
 
 def test_low_pass_comes_after_erasing_and_before_mixing(batch):
@@ -149,8 +143,12 @@ def test_low_pass_comes_after_erasing_and_before_mixing(batch):
     torch.testing.assert_close(images, torch.cat(expected), rtol=0, atol=1e-5)
     assert images.is_contiguous(memory_format=torch.channels_last)
     evaluated = finish.evaluate(batch[0], size, radius=5)
+    x = tvf.normalize(batch[0].float() / 255, IMAGENET_MEAN, IMAGENET_STD)
+    spectrum = np.fft.fft2(low_frequency_crop(x, size).double().numpy())
+    disc = torch.from_numpy(np.fft.ifft2(spectrum * (k1**2 + k2**2 <= 25)).real).float()
+    torch.testing.assert_close(evaluated, disc, rtol=0, atol=1e-5)
     assert (evaluated - finish.evaluate(batch[0], size)).abs().max() > 0.1
-    assert torch.equal(evaluated, finish.evaluate(batch[0], size, radius=5.0))
+    assert (evaluated - finish.evaluate(batch[0], size, radius=6)).abs().max() > 0.01
 
 
 def test_less_mixing(batch):

@@ -16,7 +16,7 @@ from config import Config, UsageError, as_usage, load_curriculum
 from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
 from curriculum.skeleton import Skeleton
-from datasets import Source, TrainSet, build_source, eval_loader, training_batches
+from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
 from dense.build import make_dense
 from dense.scenes import TrainScenes, open_scenes
 from dense.tasks import Detection, SceneFinish, Segmentation
@@ -27,6 +27,7 @@ from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import Finish
+from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
@@ -103,12 +104,28 @@ def test_sides(config: Config) -> tuple[int, int]:
     return config.test_side or side, config.max_side or longest
 
 
-def open_sources(config: Config) -> tuple[Source, Source]:
-    """The training and the validation set that the settings name. Raises UsageError."""
+def open_sources(config: Config, classes: list[str] | None = None) -> tuple[Source, Source]:
+    """The training and the validation set that the settings name, their classes in this order. Raises UsageError."""
     if config.task not in DENSE_TASKS:
-        return build_source(config, train=True), build_source(config, train=False)
-    train = open_dense(config, True)
+        return build_source(config, True, classes), build_source(config, False, classes)
+    train = open_dense(config, True, classes)
     return train, open_dense(config, False, train.classes)
+
+
+def usable(config: Config, source: Source) -> Source:
+    """The validation images that can be used. Those of scenes were looked for when they were opened; all are needed."""
+    if config.task in DENSE_TASKS:
+        return source
+    with as_usage():
+        return drop_unreadable(source, config.max_bad)
+
+
+def describe(config: Config, sources: tuple[Source, Source]) -> list[str]:
+    """What was read, in a line or two."""
+    if config.task not in DENSE_TASKS:
+        return describe_data(config, sources)
+    train, test = sources
+    return [f"data: {len(train):,} training and {len(test):,} validation scenes, {len(train.classes)} classes"]
 
 
 def open_dense(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
@@ -203,7 +220,10 @@ def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
         plan.operator,
         RandAugment(),
         scale=config.crop_scale,
+        ratio=config.crop_ratio,
         flip=config.hflip,
+        color_jitter=config.color_jitter,
+        interpolation=config.train_interpolation,
         pipeline=config.pipeline,
     )
     return TrainSet(

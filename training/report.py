@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -22,7 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
-from config import Config
+from config import Config, plain
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.logs import duration_text, read_log
@@ -296,7 +295,7 @@ def _figure(path: Path, about: str, more: str) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    defaults = json.loads(json.dumps(asdict(Config())))
+    defaults = plain(Config())
     changed = [
         [key, json.dumps(value), json.dumps(defaults.get(key))]
         for key, value in settings.items()
