@@ -33,8 +33,8 @@ clip_grad amp on_nonfinite crop_scale crop_ratio train_interpolation hflip color
 reprob mixup cutmix mixup_prob mixup_switch_prob augment_on num_workers replay_memory
 """
 ELSEWHERE = {
-    "main.py": "channels_last finetune linear_probe head_init_scale allow_change compile seed device deterministic tf32 "
-    "eval predict suggest doctor plan output_dir",
+    "main.py": "channels_last finetune linear_probe head_init_scale allow_change compile seed device deterministic "
+    "tf32 eval predict suggest doctor plan output_dir",
     "datasets.py": "data_set data_path train_split val_split val_per_class val_share class_map labels label_columns "
     "label_separator label_key",
     "training/session.py": "output_dir save_interval keep_checkpoints timeout stop_after eval_interval log_interval",

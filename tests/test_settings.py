@@ -57,7 +57,8 @@ class Parts:
 
     @cached_property
     def session(self):
-        session = main.prepare(self.config, CPU)
+        writer = main.OneWriter(Path(self.config.output_dir), CPU)
+        session = main.prepare(self.config, CPU, writer)
         session.agreement.close()
         return session
 
