@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from config import Config
 from identity import parse_parts
+from inputs.remote import check_url, is_url
 from saving import parse_interval
+from utils import redact
 
 _RANGES = {
     "at least 0": (
@@ -15,7 +17,7 @@ _RANGES = {
         lambda x: x >= 1,
         "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
     ),
-    "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
+    "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
@@ -39,6 +41,11 @@ def check_settings(config: Config) -> None:
         raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise ValueError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    for name in ("data_path", "eval_data", "train_split", "val_split"):
+        if (value := getattr(config, name)) and is_url(value):
+            check_url(value, name)
+    if config.cache_dir and is_url(config.cache_dir):
+        raise ValueError(f"--cache_dir {redact(config.cache_dir)} is a URL; name a folder on a local disk")
     if config.task == "mae":
         _check_mae(config)
     parse_interval(config.save_interval)

@@ -12,6 +12,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, set_parsing_settings
 
 from recipefile import load_recipe
+from utils import redact
 
 DESCRIPTION = """\
 Trains vision backbones with the EfficientTrain curricula: early training sees low-frequency, weakly augmented images.
@@ -93,10 +94,11 @@ class DataConfig:
     """data"""
 
     data_set: str = "folder"
-    """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
-    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    """folder: class folders; tar: archives of class folders, or WebDataset's shards; parquet: files with an image
+    column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
     data_path: str | None = None
-    """Where the data set lies."""
+    """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
+    Credentials come from their usual places, never in the URL."""
     train_split: str = "train"
     """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
     imagenet21k_train+imagenet21k_small_classes)."""
@@ -104,6 +106,11 @@ class DataConfig:
     """The same of the validation images."""
     val_per_class: int | None = None
     """Where there is no validation set: this many images of each class are held out from training."""
+    cache_dir: str | None = None
+    """Local folder that keeps shards of a URL, and their index; several runs may share it. Default: the index goes to
+    the user's cache folder, and images are read over the network in every pass."""
+    cache_size: float = 100.0
+    """GB that the shards in --cache_dir may take; the least recently used one makes room."""
     class_map: str | None = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: float = 0.001
@@ -295,7 +302,7 @@ def given(argv: list[str]) -> set[str]:
 
 def usage_error(message: str) -> int:
     """Prints one line on standard error and returns the exit code of wrong usage."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redact(message)}", file=sys.stderr)
     return 2
 
 

@@ -32,8 +32,14 @@ def build_source(config: DataConfig, train: bool) -> Source:
     Raises:
         ValueError: data that is not there, or a validation class that is not in training; names the setting.
     """
-    if config.data_path is None and not config.data_set.startswith("hfds/"):
+    hub = config.data_set.startswith("hfds/")
+    if config.data_path is None and not hub:
         raise ValueError("--data_path is not set: name the folder that holds the data set")
+    if config.data_path is not None and hub:
+        raise ValueError(
+            f"--data_path {config.data_path} has no use with --data_set {config.data_set}, which is read from where it "
+            "lies; --cache_dir keeps what is read"
+        )
     if config.val_per_class:
         source = hold_out(_open(config, config.train_split), config.val_per_class)[0 if train else 1]
     elif train:
@@ -50,7 +56,8 @@ def build_source(config: DataConfig, train: bool) -> Source:
 def _open(config: DataConfig, split: str, classes: list[str] | None = None) -> Source:
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
-    return open_source(config.data_set, config.data_path, split, classes)
+    size = int(config.cache_size * 1e9)
+    return open_source(config.data_set, config.data_path, split, classes, config.cache_dir, size)
 
 
 class TrainSet(Dataset):

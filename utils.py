@@ -23,6 +23,21 @@ STOP_NOTE = "stopped.json"
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
 
+class Unreachable(RuntimeError):
+    """Data over the network that do not come, after all tries. Its text is one line, without credentials."""
+
+    def __str__(self) -> str:
+        # From a loader's worker the exception arrives as the text of a whole traceback, whose last line is the message.
+        lines = super().__str__().strip().splitlines() or [""]
+        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
+
+
+def redact(text: str) -> str:
+    """A text without what could be credentials in its URLs: user:password@, a query and a fragment."""
+    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"]*@", r"\1***@", text)
+    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*)([?#])[^\s'\"]+", r"\1\2***", text)
+
+
 @dataclass(frozen=True)
 class Topology:
     """Which process this is, of how many, and the device it computes on."""
@@ -216,7 +231,10 @@ def stays_stopped(output: Path, topology: Topology) -> bool:
 
 
 def explain(error: RuntimeError) -> str | None:
-    """One line about an error of the machine rather than of the code: a process that died, memory; None for others."""
+    """One line about an error of the machine rather than of the code: a process that died, memory, the network; None
+    for others."""
+    if isinstance(error, Unreachable):
+        return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of device memory: lower --micro_batch, or set it to auto ({text[:200]})"
@@ -232,5 +250,5 @@ def die(message: str, code: int = 1) -> int:
     """Prints one line on standard error, with rank and host if there are several, and returns the exit code."""
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if several else ""
-    print(f"error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    print(f"error: {who}{redact(' '.join(str(message).split()))}", file=sys.stderr, flush=True)
     return code

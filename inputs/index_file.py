@@ -83,11 +83,16 @@ def open_or_build(
     One process of a machine builds while others wait; a file appears whole or not at all.
 
     Args:
-        root: folder of the data. name: what tells several indexes of it apart; starts with a dot.
+        root: folder of the data, or URL. name: what tells several indexes of it apart; starts with a dot.
         build: writes the index to the file it is given. is_current: whether an index still describes the data.
     """
-    outside = f"{hashlib.sha256(os.fsencode(os.path.realpath(root))).hexdigest()[:16]}{name}"
-    candidates = [os.path.join(cache_dir, outside)] if cache_dir else [os.path.join(root, name), _user_cache(outside)]
+    remote = "://" in root
+    place = root if remote else os.path.realpath(root)
+    outside = f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:16]}{name}"
+    if cache_dir:
+        candidates = [os.path.join(cache_dir, outside)]
+    else:
+        candidates = ([] if remote else [os.path.join(root, name)]) + [_user_cache(outside)]
     found = _first_current(candidates, is_current)
     if found:
         return found

@@ -7,19 +7,18 @@ through a shard from its beginning; the curriculum's sampler asks for images by 
 import os
 import tarfile
 from array import array
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from inputs.decode import BadImage
-from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
+from inputs.index_file import IndexWriter, Progress, open_or_build
+from inputs.shards import Shards, in_threads, index_name, open_shards
 
 LABEL_SUFFIX = ".cls"
-OPEN_FILES = 64
 
 
 class TarIndex:
@@ -29,7 +28,9 @@ class TarIndex:
     archive, else the archive's name. Classes are sorted; as numbers, if all are.
 
     Args:
-        root, cache_dir, classes: as `FolderIndex` has them. pattern: of the archives' names.
+        root: a folder, one archive, or a URL as `RemoteShards` reads it.
+        cache_dir, classes: as `FolderIndex` has them. pattern: of the archives' names.
+        cache_size: bytes of archives at a URL that ``cache_dir`` may hold; None: none are kept.
 
     Raises:
         ValueError: no archive, something that is not an archive, no images, or a class that is not in ``classes``.
@@ -41,29 +42,23 @@ class TarIndex:
         cache_dir: str | Path | None = None,
         classes: Sequence[str] | None = None,
         pattern: str = "*.tar",
+        cache_size: int | None = None,
     ):
-        path = Path(root).absolute()
-        self.root = os.fspath(path.parent if path.is_file() else path)
-        found = [path] if path.is_file() else [p for p in path.glob(pattern) if p.is_file()]
-        self.shards = sorted(p.name for p in found if not p.name.startswith("."))
-        if not self.shards:
-            raise ValueError(f"--data_path: there is no {pattern} in {path}")
-        stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
-        expected = {"shards": self.shards, "stamps": stamps}
+        self.shards = open_shards(root, pattern, cache_dir, cache_size)
+        expected = {"shards": self.shards.names, "stamps": self.shards.stamps}
         self._index = open_or_build(
-            self.root,
-            f"{INDEX_NAME}_{path.name if path.is_file() else pattern.replace('*', '_')}",
+            self.shards.root,
+            index_name(self.shards),
             cache_dir,
-            build=lambda file: _write_index(file, self.root, expected),
+            build=lambda file: _write_index(file, self.shards, expected),
             is_current=lambda index: {key: index.meta.get(key) for key in expected} == expected,
         )
         names = self._index.meta["classes"]
         self.classes: list[str] = list(classes) if classes is not None else names
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
-            raise ValueError(f"{path} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
+            raise ValueError(f"{root} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
         self._labels = np.array([self.classes.index(name) for name in names])
-        self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._index.arrays[0])
@@ -76,16 +71,13 @@ class TarIndex:
         return [int(values[i]) for values in self._index.arrays]
 
     def read(self, i: int) -> bytes:
-        """Content of image ``i``. Raises OSError, or BadImage if the archive ends before it."""
+        """Content of image ``i``. Raises as `Shards.read`."""
         shard, offset, size, _ = self._entry(i)
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) < size:
-            raise BadImage(f"the archive is cut short: {len(data)} of {size} bytes")
-        return data
+        return self.shards.read(shard, offset, size)
 
     def name(self, i: int) -> str:
         shard, offset, _, _ = self._entry(i)
-        return f"{os.path.join(self.root, self.shards[shard])} at byte {offset}"
+        return f"{self.shards.name(shard)} at byte {offset}"
 
     def label(self, i: int) -> int:
         return int(self._labels[self._entry(i)[3]])
@@ -93,34 +85,12 @@ class TarIndex:
     def labels(self) -> np.ndarray:
         return self._labels[self._index.arrays[3]].astype(np.int32)
 
-    def _descriptor(self, shard: int) -> int:
-        """An open file; `os.pread` needs no position, so forked workers may share it."""
-        if shard not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(os.path.join(self.root, self.shards[shard]), os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
 
-    def __getstate__(self):
-        return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
-
-
-def _stamp(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
+def _write_index(file: BinaryIO, source: Shards, expected: dict) -> None:
     shards, offsets, sizes, labels = (array("q") for _ in range(4))
     number: dict[str, int] = {}
-    report = Progress(root, len(expected["shards"]), "archives")
-    for k, shard in enumerate(expected["shards"]):
-        found = _scan(os.path.join(root, shard))
+    report = Progress(source.root, len(source.names), "archives")
+    for k, found in enumerate(in_threads(partial(_scan, source), len(source.names), source.readers)):
         for offset, size, name in found:
             shards.append(k)
             offsets.append(offset)
@@ -129,7 +99,9 @@ def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
         report.add(len(found))
     report.close()
     if not number:
-        raise ValueError(f"--data_path: no images in the archives of {root}; known are {' '.join(IMG_EXTENSIONS)}")
+        raise ValueError(
+            f"--data_path: no images in the archives of {source.root}; known are {' '.join(IMG_EXTENSIONS)}"
+        )
     classes = sorted(number, key=int) if all(name.isdigit() for name in number) else sorted(number)
     rank = np.empty(len(classes), dtype=np.int64)
     rank[[number[name] for name in classes]] = np.arange(len(classes))
@@ -137,11 +109,12 @@ def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
     IndexWriter(file).finish([shards, offsets, sizes, labels], {**expected, "classes": classes})
 
 
-def _scan(path: str) -> list[tuple[int, int, str]]:
-    """(offset, size, class) of each image in an archive, as far as it can be read."""
+def _scan(source: Shards, k: int) -> list[tuple[int, int, str]]:
+    """(offset, size, class) of each image in archive ``k``, as far as it can be read."""
     images, stated = [], {}
+    path = source.name(k)
     try:
-        with tarfile.open(path, "r:") as archive:
+        with source.open(k) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             try:
                 for member in archive:
                     stem, suffix = os.path.splitext(member.name)
