@@ -95,7 +95,8 @@ class DataConfig:
 
     data_set: str = "folder"
     """folder: class folders; tar: archives of class folders, or WebDataset's shards; parquet: files with an image
-    column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
+    cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
     data_path: str | None = None
     """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
     Credentials come from their usual places, never in the URL."""

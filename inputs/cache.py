@@ -125,7 +125,7 @@ class ShardCache:
         return self.folder / (key + PART)
 
     def _admit(self, key: str, size: int) -> int | None:
-        """Makes room and reserves it: a locked file of the shard's size; None if it is here, on its way or too large."""
+        """Makes and reserves room: a locked file of the shard's size; None if it is here, on its way or too much."""
         with self._alone():
             if self._whole(key).exists():
                 return None
