@@ -25,7 +25,7 @@ INDEX_NAME = ".image_index"
 MAGIC = b"imgidx01"
 # Every so many lookups the pages that they touched are unmapped from this process (they stay in the system's cache):
 # a random order would otherwise map the whole file into every worker, as `top` counts memory.
-RELEASE_EVERY = 256
+RELEASE_EVERY = 32
 
 
 class IndexFile:
