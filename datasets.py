@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DataConfig
+from config import DataConfig, as_usage
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
@@ -30,8 +30,13 @@ def build_source(config: DataConfig, train: bool) -> Source:
     """The training or the validation set that the settings name.
 
     Raises:
-        ValueError: data that is not there, or a validation class that is not in training; names the setting.
+        UsageError: data that is not there, or a validation class that is not in training; names the setting.
     """
+    with as_usage():
+        return _build_source(config, train)
+
+
+def _build_source(config: DataConfig, train: bool) -> Source:
     hub = config.data_set.startswith("hfds/")
     if config.data_path is None and not hub:
         raise ValueError("--data_path is not set: name the folder that holds the data set")
@@ -115,7 +120,7 @@ def training_batches(
     if any(stage.replay > 1 for stage in plan.stages):
         buffer = ReplayBuffer(replay_memory, pin=device.type == "cuda")
         if sampler.start_step < plan.total_steps and (epoch := plan.locate(sampler.start_step)[0]).replay > 1:
-            side = plan.base_size if plan.operator == "fourier" else epoch.input_size
+            side = plan.loaded_size(epoch.input_size)
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
@@ -124,7 +129,7 @@ def training_batches(
     )
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
-            for groups in sampler.passes(epoch):
+            for groups in sampler.forward_passes(epoch):
                 batch = next(loader)
                 if epoch.replay > 1:
                     if step < sampler.start_step:

@@ -1,24 +1,55 @@
-"""The loops: train one epoch, evaluate. They take what they need and know nothing of the command line."""
+"""The loops: train one pass, evaluate. They take what they need and know nothing of the command line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from curriculum import CurriculumSampler, Epoch, Plan
+from curriculum import CurriculumSampler, Pass, Plan
 from curriculum.sampler import FORWARD, GROUP, derive_seed
 from inputs.finish import Finish
-from numerics import MAX_SKIPPED, MAX_STREAK, NEVER, LossMeter
-from tasks import Classification, Task
-from utils import all_sum, no_sync, world_size
+from utils import all_sum, no_sync, unwrap, world_size
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Task(Protocol):
+    """What the engine's loops ask of a task. ``model`` is as called, under autocast; images are finished."""
+
+    measured: tuple[str, ...]  # of each image in an evaluation
+    metrics: tuple[str, ...]  # of all of them, for the log
+    # (model, images, function that makes uint8 images of them) -> uint8 (3, H, W): how the model answers; None: nothing
+    picture: Callable[[nn.Module, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor] | None
+
+    def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
+        """Mean loss of a batch of ``len(seeds)`` groups; beyond the model's own, all randomness is the seeds'."""
+
+    def measure(
+        self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor
+    ) -> torch.Tensor:
+        """(len(measured), N): what is measured of N images, which have these places in the data set."""
+
+    def scores(self, table: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """From what was measured of every image of a data set: the metrics, and whatever else the task gives."""
+
+    def describe(self, result: dict[str, Any]) -> str:
+        """An evaluation's log record in words."""
+
+
+class Meter(Protocol):
+    """What the training loop tells of every forward pass and optimizer step; nothing here waits for the device."""
+
+    def add(self, loss: torch.Tensor, images: int, step: int) -> None:
+        """The mean loss of ``images`` images of optimizer step ``step``."""
+
+    def add_gradient(self, norm: torch.Tensor, step: int) -> None:
+        """The gradient's norm at optimizer step ``step``, the same on all processes."""
 
 
 @dataclass
@@ -33,20 +64,16 @@ class Training:
     plan: Plan
     sampler: CurriculumSampler
     device: torch.device
+    task: Task
+    loss: Meter
     amp: str = "none"
     clip_grad: float | None = None
-    task: Task = field(default_factory=Classification)
-    skip_nonfinite: bool = False  # leave out optimizer steps whose gradient is not finite; needs an enabled scaler
+    skip_nonfinite: bool = False  # skip optimizer steps whose gradient is not finite; needs an enabled scaler
     step: int = 0
     watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
-    loss: LossMeter = field(init=False)
-
-    def __post_init__(self) -> None:
-        bound = max(MAX_STREAK, MAX_SKIPPED * self.plan.total_steps) if self.skip_nonfinite else NEVER
-        self.loss = LossMeter(self.device, self.scaler.is_enabled(), self.skip_nonfinite, bound)
 
 
-def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step: Callable[[float, int], bool]) -> bool:
+def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: Callable[[float, int], bool]) -> bool:
     """Trains the optimizer steps of ``epoch`` that are still to do.
 
     Args:
@@ -60,7 +87,7 @@ def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step:
     """
     t = training
     t.model.train()
-    passes = t.sampler.passes(epoch)
+    passes = t.sampler.forward_passes(epoch)
     share = epoch.batch_size // t.sampler.world_size
     for step in range(t.step, epoch.first_step + epoch.steps):
         lr = t.plan.lr_at(step)
@@ -89,7 +116,7 @@ def train_epoch(training: Training, epoch: Epoch, batches: Iterator, after_step:
 
 
 def forward_loss(
-    t: Training, images: torch.Tensor, targets: torch.Tensor, epoch: Epoch, step: int, groups: range
+    t: Training, images: torch.Tensor, targets: torch.Tensor, epoch: Pass, step: int, groups: range
 ) -> torch.Tensor:
     """Mean loss of one forward pass over ``groups`` of ``step``; (run seed, step, group) seed all its randomness."""
     seed = t.sampler.seed
@@ -120,8 +147,8 @@ def evaluate(
     finish: Finish,
     size: int,
     device: torch.device,
+    task: Task,
     amp: str = "none",
-    task: Task | None = None,
     stop: Callable[[], bool | None] = lambda: False,
     radius: float | None = None,
 ) -> dict[str, Any] | None:
@@ -130,7 +157,7 @@ def evaluate(
     Args:
         model: unwrapped, at input size ``size``.
         loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
-        task: what to measure; by default, of a classifier.
+        task: what to measure.
         stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
         radius: of the low-pass filter that the images go through, None for none.
 
@@ -141,7 +168,6 @@ def evaluate(
         RuntimeError: an image of the data set was left out or scored twice.
     """
     model.eval()
-    task = task or Classification()
     # Of each image, in its place: how often it was scored, and what was measured.
     table = torch.zeros(1 + len(task.measured), len(loader.dataset), device=device)
     for images, targets, indices in loader:
@@ -174,9 +200,3 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 def autocast(device: torch.device, amp: str):
     dtype = AMP_DTYPES[amp]
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The model itself, without data-parallel and compilation wrappers."""
-    model = getattr(model, "_orig_mod", model)
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model

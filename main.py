@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -13,203 +11,137 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-import autobatch
-import checkpoints
-from checks import check_settings
-from config import Config, given, parse_config, to_yaml
-from curriculum import CurriculumSampler, Plan, summarize, table
+from commands import autobatch
+from commands.doctor import diagnose
+from commands.evaluate import evaluate_weights
+from commands.plan import make_summary, show_plan
+from commands.predict import predict
+from commands.suggest import write_suggestion
+from config import Config, UsageError, to_yaml
+from config.checks import check_settings, parse_parts
+from config.command_line import given, parse_config
+from curriculum import Plan, table
 from curriculum.sampler import derive_seed
 from datasets import build_source
-from doctor import examine
-from evaluation import evaluate_weights
-from identity import check_same_run, identify, parse_parts
-from models import freeze_body, load_weights
-from models.flops import count_flops
-from numerics import NonFinite
-from parts import describe_replay, make_model, make_plan, number_of_classes, size_of_weights
-from predict import predict
-from report import environment, plan_picture
-from resuming import checkpoint_to_resume
-from suggest import suggest
-from trainer import Trainer
-from utils import STOPPED, Agreement, Topology, close_topology, die, explain, init_topology, stays_stopped, write_text
-
-
-class UsageError(ValueError):
-    """Settings that cannot work, found before anything was written."""
-
-
-@contextmanager
-def wrong_usage():
-    """Turns a ValueError of the checks inside into a UsageError."""
-    try:
-        yield
-    except checkpoints.BadCheckpoint:
-        raise
-    except ValueError as error:
-        raise UsageError(error) from None
-
-
-def main(argv: list[str]) -> int:
-    config = parse_config(argv)
-    try:
-        with wrong_usage():
-            check_settings(config)
-        if config.plan != "none":
-            return show_plan(config)
-        if config.suggest:
-            return write_suggestion(config, given(argv))
-        with wrong_usage():
-            topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
-        try:
-            if config.doctor:
-                return diagnose(config, topology)
-            if config.predict is not None:
-                return predict(config, given(argv), topology)
-            return evaluate_weights(config, topology) if config.eval else train(config, topology)
-        finally:
-            close_topology()
-    except UsageError as error:
-        return die(error, 2)
-    except (ValueError, OSError, NonFinite) as error:
-        return die(error)
-    except RuntimeError as error:
-        if (message := explain(error)) is None:
-            raise
-        return die(message)
-    except KeyboardInterrupt:
-        return die("interrupted", 130)
+from engine import train_epoch
+from models import checkpoints, freeze_body, load_weights
+from training.build import (
+    describe_replay,
+    make_model,
+    make_plan,
+    make_sampler,
+    make_training,
+    number_of_classes,
+    place,
+)
+from training.identity import check_same_run, identify
+from training.numerics import NonFinite
+from training.report import environment, plan_picture
+from training.resume import checkpoint_to_resume, restore, size_of_weights
+from training.session import Session
+from training.validation import is_better, validate
+from utils import (
+    STOPPED,
+    Agreement,
+    Topology,
+    close_topology,
+    die,
+    explain,
+    init_topology,
+    stays_stopped,
+    wrap,
+    write_text,
+)
 
 
 def train(config: Config, topology: Topology) -> int:
-    """Trains, or goes on training; 0 when the plan is done, 75 when a signal stopped it."""
+    """Trains, or resumes training; 0 when the plan is done, 75 when a signal stopped it."""
+    session = prepare(config, topology)
+    if session is None:
+        return STOPPED
+    plan, training = session.plan, session.training
+    with session:
+        for record in plan.records[session.first :]:
+            session.enter(record)
+            stopped = session.stops() or train_epoch(training, record, session.batches, session.after_step)
+            result: dict[str, Any] | None = {}
+            if not stopped and record.index in session.evaluated:
+                result = validate(session, record)
+            if stopped or result is None:
+                session.save(record.index, required=True)
+                break
+            better = is_better(session, record, result)
+            session.finish({**session.record(record), **result})
+            done = record.index == len(plan) - 1
+            if done or better or session.save_is_due(training.step):
+                session.save(record.index + 1, better, required=done)
+            if result:
+                session.report()
+        else:
+            return session.done()
+    return session.stopped()
+
+
+def prepare(config: Config, topology: Topology) -> Session | None:
+    """What a run is built of. Nothing is written before all of it is known to work.
+
+    Returns None for a worker that was started again after the run was stopped.
+    """
     agreement = Agreement(timedelta(minutes=config.timeout))
-    with wrong_usage():
-        if not config.output_dir:
-            raise ValueError("--output_dir is not set: name the folder for checkpoints and logs")
-        if stays_stopped(Path(config.output_dir), topology):
-            return STOPPED
-        sources = tuple(build_source(config, train=train) for train in (True, False))
-        classes = number_of_classes(config, sources[0])
-        plan = make_plan(config, len(sources[0]), classes)
-        found = checkpoint_to_resume(config, topology)
+    if not config.output_dir:
+        raise UsageError("--output_dir is not set: name the folder for checkpoints and logs")
+    output = Path(config.output_dir)
+    if stays_stopped(output, topology):
+        return None
+
+    # The data and the plan
+    sources = build_source(config, train=True), build_source(config, train=False)
+    classes = number_of_classes(config, sources[0])
+    plan = make_plan(config, len(sources[0]), classes)
+
+    # The checkpoint to resume from
+    found = checkpoint_to_resume(config, topology)
     identity = identify(config, plan, sources[0], classes)
     state = None
     if found is not None:
         path, state = found
         check_same_run(state["identity"], identity, parse_parts(config.allow_change), str(path))
-    with wrong_usage():
-        config = replace(config, **settle_micro_batch(config, plan, classes, topology, state))
-        sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-        replay = describe_replay(config, plan)
+
+    # The model, at the input size of its weights, and what trains it
+    build = partial(make_model, config, classes)
+    config = replace(config, **settle_micro_batch(config, plan, build, topology, state))
+    sampler = make_sampler(config, plan, topology.world_size, topology.rank)
+    replay = describe_replay(config, plan)
     torch.manual_seed(derive_seed(config.seed))
-    model = make_model(config, classes, size_of_weights(plan, state))
+    model = build(size_of_weights(plan, state))
     if config.finetune and state is None:
-        checkpoints.verify_own(config.finetune)
-        report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
-        if topology.is_main:
-            print(report)
+        finetune(config, model, topology)
     if config.linear_probe:
         freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)
-    with wrong_usage():
-        trainer = Trainer(config, topology, plan, sampler, model, sources, agreement, identity, state)
+    training = make_training(config, plan, sampler, place(model, topology.device, config.channels_last), classes)
+    if state is not None:
+        restore(state, identity, training, topology.is_main)
+    training.model = wrap(model, topology, config.compile)
+
     if topology.is_main:
-        start_folder(Path(config.output_dir), config, topology, plan, summary)
+        start_folder(output, config, topology, plan, summary)
         print("\n".join([table(summary, config.baseline_epochs), *replay]), flush=True)
-    return trainer.fit()
+    return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
-def diagnose(config: Config, topology: Topology) -> int:
-    """``--doctor``: measures this machine for the run that the settings describe; trains nothing, keeps nothing."""
-    with wrong_usage():
-        source = build_source(config, train=True)
-        classes = number_of_classes(config, source)
-        plan = make_plan(config, len(source), classes)
-        config = replace(config, **settle_micro_batch(config, plan, classes, topology, None))
-        sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-    return examine(config, plan, sampler, source, partial(make_model, config, classes), topology)
-
-
-def show_plan(config: Config) -> int:
-    """``--plan``: what the run would do and cost, as a table, JSON or a picture. Needs data or --num_images."""
-    with wrong_usage():
-        num_images, classes = config.num_images, config.num_classes or 1000
-        if num_images is None:
-            source = build_source(config, train=True)
-            num_images, classes = len(source), number_of_classes(config, source)
-        plan = make_plan(config, num_images, classes)
-        sampler = None
-        if config.micro_batch != "auto":  # which is found when training starts
-            devices = config.devices or int(os.environ.get("WORLD_SIZE", 1))
-            sampler = make_sampler(config, plan, world_size=devices)
-        speeds = load_speeds(config.speeds) if config.speeds else None
-        summary = make_summary(config, plan, classes, sampler, speeds)
-    if int(os.environ.get("RANK", 0)) > 0:
-        return 0
-    if config.plan == "picture":
-        path = Path(config.output_dir or ".") / "plan.svg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(plan_picture(plan))
-        print(path)
-    else:
-        lines = [table(summary, config.baseline_epochs), *describe_replay(config, plan)]
-        print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
-    return 0
-
-
-def write_suggestion(config: Config, said: set[str]) -> int:
-    """``--suggest``: a recipe for the images of --data_path, on standard output and in the output folder."""
-    with wrong_usage():
-        text = suggest(config, said)
-    print(text, end="")
-    if config.output_dir:
-        path = Path(config.output_dir) / "recipe.yaml"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text)
-        print(f"written to {path}; look at the run: python main.py --recipe {path} --plan table", file=sys.stderr)
-    return 0
-
-
-def load_speeds(path: str) -> dict[int, float]:
-    """The file of measured speeds: images that one device trains per second, by input size."""
-    try:
-        speeds = json.loads(Path(path).read_text())["images_per_s"]
-        return {int(size): float(speed) for size, speed in speeds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(
-            f'--speeds {path} must be a file like {{"images_per_s": {{"96": 2500.0, "224": 480.0}}}}'
-        ) from None
-
-
-def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> CurriculumSampler:
-    return CurriculumSampler(
-        plan,
-        seed=config.seed,
-        micro_batch=config.micro_batch,
-        forward_batch=config.forward_batch,
-        rank=rank,
-        world_size=world_size,
-        even_groups=config.mixup > 0 or config.cutmix > 0,
-    )
-
-
-def make_summary(
-    config: Config,
-    plan: Plan,
-    classes: int,
-    sampler: CurriculumSampler | None,
-    images_per_s: dict[int, float] | None = None,
-) -> dict[str, Any]:
-    """What the plan does and costs, with the model's parameters and FLOPs counted without computing anything."""
-    sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
-    flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
-    return summarize(plan, config.baseline_epochs, flops, params, sampler, images_per_s)
+def finetune(config: Config, model: nn.Module, topology: Topology) -> None:
+    """Loads the weights of --finetune, and says what fitted."""
+    checkpoints.verify_own(config.finetune)
+    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
+    if topology.is_main:
+        print(report)
 
 
 def settle_micro_batch(
-    config: Config, plan: Plan, classes: int, topology: Topology, state: dict[str, Any] | None
+    config: Config, plan: Plan, build: partial[nn.Module], topology: Topology, state: dict[str, Any] | None
 ) -> dict[str, Any]:
     """``--micro_batch`` in numbers: for auto or none given, those of the run that is resumed; else what auto finds.
 
@@ -225,7 +157,6 @@ def settle_micro_batch(
         }
     if config.micro_batch is None:
         return {"micro_batch": make_sampler(config, plan, topology.world_size).micro_batch}
-    build = partial(make_model, config, classes)
     micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
     if topology.is_main:
         print(f"--micro_batch auto: groups of {micro_batch}; most images at once by input size: {forward_batch}")
@@ -243,6 +174,40 @@ def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, s
         write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
     except OSError as error:
         raise OSError(f"--output_dir {output} cannot be written: {error.strerror}") from None
+
+
+def run(config: Config, said: set[str]) -> int:
+    """Does what the settings ask for. ``said``: the settings that the command line states."""
+    check_settings(config)
+    if config.plan != "none":
+        return show_plan(config)
+    if config.suggest:
+        return write_suggestion(config, said)
+    topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
+    try:
+        if config.doctor:
+            return diagnose(config, topology)
+        if config.predict is not None:
+            return predict(config, said, topology)
+        return evaluate_weights(config, topology) if config.eval else train(config, topology)
+    finally:
+        close_topology()
+
+
+def main(argv: list[str]) -> int:
+    """The command line in, the exit code out; what went wrong is one line on standard error."""
+    try:
+        return run(parse_config(argv), given(argv))
+    except UsageError as error:
+        return die(error, 2)
+    except (ValueError, OSError, NonFinite) as error:
+        return die(error)
+    except RuntimeError as error:
+        if (message := explain(error)) is None:
+            raise
+        return die(message)
+    except KeyboardInterrupt:
+        return die("interrupted", 130)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from config import UsageError
+from config.urls import redact
+
 STOP_NOTE = "stopped.json"
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
@@ -30,12 +33,6 @@ class Unreachable(RuntimeError):
         # From a loader's worker the exception arrives as the text of a whole traceback, whose last line is the message.
         lines = super().__str__().strip().splitlines() or [""]
         return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
-
-
-def redact(text: str) -> str:
-    """A text without what could be credentials in its URLs: user:password@, a query and a fragment."""
-    text = re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://)[^\s/'\"]*@", r"\1***@", text)
-    return re.sub(r"([A-Za-z][A-Za-z0-9+.-]*://[^\s?#'\"]*)([?#])[^\s'\"]+", r"\1\2***", text)
 
 
 @dataclass(frozen=True)
@@ -58,21 +55,21 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
-        ValueError: a device that is not there.
+        UsageError: a device that is not there.
     """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
     if kind not in available:
-        raise ValueError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
+        raise UsageError(f"--device {device!r} is unknown; choose one of auto, {', '.join(available)}")
     if not available[kind]:
-        raise ValueError(f"--device {device} is not available here; choose --device cpu or auto")
+        raise UsageError(f"--device {device} is not available here; choose --device cpu or auto")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
         if local_rank >= torch.cuda.device_count():
-            raise ValueError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+            raise UsageError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
@@ -148,9 +145,19 @@ def wrap(model: nn.Module, topology: Topology, compile_model: bool) -> nn.Module
     return torch.compile(model, dynamic=False) if compile_model else model
 
 
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model itself, without data-parallel and compilation wrappers."""
+    model = _uncompiled(model)
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
 def no_sync(model: nn.Module):
     """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
-    model = getattr(model, "_orig_mod", model)
+    model = _uncompiled(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 

@@ -6,12 +6,14 @@ from curriculum.live import LiveCurriculum
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
 from curriculum.plan import Plan, build_plan
 from curriculum.presets import PRESETS, Curriculum, Segment
-from curriculum.records import Epoch, Stage
+from curriculum.records import Pass, Stage
 from curriculum.resize import check_input_sizes, set_input_size
 from curriculum.sampler import CurriculumSampler
 from curriculum.summary import summarize, table
 
 __version__ = "0.1.0"
+
+Epoch = Pass  # its name in version 0.1.0
 
 __all__ = [
     "PRESETS",
@@ -19,6 +21,7 @@ __all__ = [
     "CurriculumSampler",
     "Epoch",
     "LiveCurriculum",
+    "Pass",
     "Plan",
     "RandAugment",
     "Segment",

@@ -11,7 +11,7 @@ from torch import nn
 
 from curriculum.operators import downsample, low_pass
 from curriculum.plan import Plan
-from curriculum.records import Epoch
+from curriculum.records import Pass
 from curriculum.resize import check_input_sizes, set_input_size
 
 
@@ -78,7 +78,7 @@ class LiveCurriculum:
         hook = _Hook(self)
         self._hooks = [part.register_forward_pre_hook(hook, with_kwargs=True) for part in (self.model, *averaged)]
 
-    def start_step(self, step: int) -> Epoch:
+    def start_step(self, step: int) -> Pass:
         """Call before optimizer step ``step`` (from 0). Returns the plan's record; beyond the plan, its last one."""
         step = min(step, self.plan.total_steps - 1)
         epoch, _ = self.plan.locate(step)

@@ -10,12 +10,12 @@ from functools import cached_property
 
 from curriculum.durations import parse_duration
 from curriculum.presets import Curriculum, resolve
-from curriculum.records import Epoch, Stage, make_records, make_stages
+from curriculum.records import Pass, Stage, make_records, make_stages
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Epoch` records in order."""
+    """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Pass` records in order."""
 
     curriculum: Curriculum
     epochs: float
@@ -29,9 +29,9 @@ class Plan:
     max_magnitude: float
     lr_rule: str
     stages: tuple[Stage, ...]
-    records: tuple[Epoch, ...]
+    records: tuple[Pass, ...]
 
-    def __iter__(self) -> Iterator[Epoch]:
+    def __iter__(self) -> Iterator[Pass]:
         return iter(self.records)
 
     def __len__(self) -> int:
@@ -45,6 +45,10 @@ class Plan:
     def operator(self) -> str:
         return self.curriculum.operator
 
+    def loaded_size(self, size: int) -> int:
+        """Pixels a side at which images are loaded for input size ``size``: ``fourier`` reduces them on the device."""
+        return self.base_size if self.operator == "fourier" else size
+
     @cached_property
     def total_steps(self) -> int:
         return self.stages[-1].first_step + self.stages[-1].steps
@@ -53,7 +57,7 @@ class Plan:
     def _first_steps(self) -> list[int]:
         return [record.first_step for record in self.records]
 
-    def locate(self, step: int) -> tuple[Epoch, int]:
+    def locate(self, step: int) -> tuple[Pass, int]:
         """The epoch record that optimizer step ``step`` (from 0) belongs to, and its place inside the record."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} is outside the plan's {self.total_steps} steps")
@@ -202,28 +206,28 @@ def build_plan(
     """
     if num_images < batch_size:
         raise ValueError(
-            f"the training set has {num_images} images but --batch_size is {batch_size}: "
+            f"the training set has {num_images} images but `batch_size` is {batch_size}: "
             f"lower it to at most {num_images}"
         )
     for name, value, low, high in (
         ("epochs", epochs, 0, math.inf),
         ("batch_size", batch_size, 0, math.inf),
-        ("input_size", base_size, 0, math.inf),
+        ("base_size", base_size, 0, math.inf),
         ("lr", lr, 0, math.inf),
     ):
         if not low < value < high:
-            raise ValueError(f"--{name} is {value}; it must be a positive number")
+            raise ValueError(f"`{name}` is {value}; it must be a positive number")
     if not 0 <= max_magnitude <= 10:
-        raise ValueError(f"--max_magnitude is {max_magnitude}; RandAugment's range is 0 to 10")
+        raise ValueError(f"`max_magnitude` is {max_magnitude}; RandAugment's range is 0 to 10")
     if lr_rule not in ("sqrt", "linear"):
-        raise ValueError(f"--lr_rule is {lr_rule!r}; choose sqrt or linear")
+        raise ValueError(f"`lr_rule` is {lr_rule!r}; choose sqrt or linear")
 
     chosen = resolve(curriculum, base_size, size_multiple)
     changes = {key: value for key, value in (("operator", operator), ("magnitude", magnitude)) if value is not None}
     chosen = Curriculum(**{**vars(chosen), **changes})  # checks the overrides as it checks a file
 
     if any(factor < 1 for factor in replay):
-        raise ValueError(f"--replay is {list(replay)}; each stage's factor is a whole number from 1")
+        raise ValueError(f"`replay` is {list(replay)}; each stage's factor is a whole number from 1")
     stages = make_stages(chosen, epochs, num_images, batch_size, early_large_batch, replay)
     plan = Plan(
         curriculum=chosen,
@@ -241,5 +245,5 @@ def build_plan(
         records=make_records(stages, chosen, max_magnitude),
     )
     if plan.warmup_progress >= 1:
-        raise ValueError(f"--warmup_epochs {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
+        raise ValueError(f"`warmup` {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
     return plan

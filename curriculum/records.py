@@ -11,7 +11,7 @@ from curriculum.presets import Curriculum
 
 
 @dataclass(frozen=True)
-class Epoch:
+class Pass:
     """One pass over the training set, or the last, shortened pass of a stage.
 
     Attributes:
@@ -87,9 +87,9 @@ def make_stages(
         steps = math.floor((segment.until * budget - spent) / cost + 1e-9)
         if steps < 1 or batch > num_images:
             raise ValueError(
-                f"--epochs {epochs:g} is too short for curriculum {curriculum.name}: the stage at input size {size} "
-                f"gets {max(steps, 0)} optimizer steps of {batch} of the {num_images} images; raise --epochs, lower "
-                "--batch_size, or choose --curriculum none"
+                f"`epochs` {epochs:g} is too short for curriculum {curriculum.name}: the stage at input size {size} "
+                f"gets {max(steps, 0)} optimizer steps of {batch} of the {num_images} images; raise `epochs`, lower "
+                "`batch_size`, or choose `curriculum` none"
             )
         rows.append((size, batch, factor, steps, num_images * factor // batch, first_step, spent))
         spent, first_step = spent + steps * cost, first_step + steps
@@ -100,9 +100,9 @@ def make_stages(
     )
 
 
-def make_records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: float) -> tuple[Epoch, ...]:
+def make_records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitude: float) -> tuple[Pass, ...]:
     """The passes over the data that the stages are made of, the last of a stage shortened."""
-    records: list[Epoch] = []
+    records: list[Pass] = []
     for number, stage in enumerate(stages):
         per_step = (stage.stop - stage.start) / stage.steps
         for done in range(0, stage.steps, stage.steps_per_pass):
@@ -110,7 +110,7 @@ def make_records(stages: tuple[Stage, ...], curriculum: Curriculum, max_magnitud
             start = stage.start + done * per_step
             last = done + steps == stage.steps
             records.append(
-                Epoch(
+                Pass(
                     index=len(records),
                     stage=number,
                     input_size=stage.input_size,

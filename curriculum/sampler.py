@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from curriculum.plan import Epoch, Plan
+from curriculum.plan import Pass, Plan
 
 _MASK = (1 << 64) - 1
 # Streams of derived seeds: shuffling, images, erasing and mixing, drop path, the replay buffer's choice.
@@ -77,13 +77,13 @@ class CurriculumSampler(Sampler):
         for stage in plan.stages:
             if self.micro_batch % stage.replay:
                 raise ValueError(
-                    f"--micro_batch {self.micro_batch} cannot be 1/{stage.replay} fresh images, as --replay asks at "
+                    f"`micro_batch` {self.micro_batch} cannot be 1/{stage.replay} fresh images, as `replay` asks at "
                     f"input size {stage.input_size}: make it a multiple of {stage.replay}"
                 )
         self.forward_batch = forward_batch or {}
         self.start_step = start_step
 
-    def passes(self, epoch: Epoch) -> list[range]:
+    def forward_passes(self, epoch: Pass) -> list[range]:
         """This process's groups of any optimizer step of ``epoch``, split into forward passes as even as can be."""
         share = epoch.batch_size // self.micro_batch // self.world_size
         most = int((self.plan.base_size / epoch.input_size) ** 2 + 1e-9)
@@ -97,7 +97,7 @@ class CurriculumSampler(Sampler):
     def __len__(self) -> int:
         """Batches (forward passes of this process) that are left."""
         return sum(
-            len(self.passes(epoch)) * max(0, epoch.steps - max(0, self.start_step - epoch.first_step))
+            len(self.forward_passes(epoch)) * max(0, epoch.steps - max(0, self.start_step - epoch.first_step))
             for epoch in self.plan
         )
 
@@ -108,7 +108,7 @@ class CurriculumSampler(Sampler):
             order = self.permutation(epoch)
             for step in range(max(0, self.start_step - epoch.first_step), epoch.steps):
                 fresh = self.micro_batch // epoch.replay
-                for groups in self.passes(epoch):
+                for groups in self.forward_passes(epoch):
                     first = step * epoch.batch_size // epoch.replay + groups.start * fresh
                     indices = order[first : first + len(groups) * fresh].tolist()
                     yield [
@@ -116,7 +116,7 @@ class CurriculumSampler(Sampler):
                         for index in indices
                     ]
 
-    def permutation(self, epoch: Epoch) -> np.ndarray:
+    def permutation(self, epoch: Pass) -> np.ndarray:
         """The order of the training set in ``epoch``: one permutation over all processes."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch.index))
         return torch.randperm(self.plan.num_images, generator=generator).numpy()
@@ -128,22 +128,22 @@ def _check_groups(batch: int, micro_batch: int | None, world_size: int, multiple
         near = _nearest(batch, lambda n: n % (world_size * multiple) == 0)
         pairs = " in pairs (images are mixed)" * (multiple == 2)
         raise ValueError(
-            f"--batch_size {batch} does not share out over {_processes(world_size)}{pairs}; nearest that do: {near}"
+            f"`batch_size` {batch} does not share out over {_processes(world_size)}{pairs}; nearest that do: {near}"
         )
     micro = batch // world_size if micro_batch is None else micro_batch
     if micro < 1:
-        raise ValueError(f"--micro_batch is {micro}; it must be a positive number")
+        raise ValueError(f"`micro_batch` is {micro}; it must be a positive number")
     if batch % (micro * world_size) or micro % multiple:
         near = _nearest(
             micro, lambda n: batch % (n * world_size) == 0 and n % multiple == 0, highest=batch // world_size
         )
         if micro % multiple:
             raise ValueError(
-                f"--micro_batch {micro} is odd, but mixup and cutmix pair the images of a group; nearest that do: "
-                f"{near} (or set --mixup 0 --cutmix 0)"
+                f"`micro_batch` {micro} is odd, but mixup and cutmix pair the images of a group; nearest that do: "
+                f"{near} (or switch both off)"
             )
         raise ValueError(
-            f"--micro_batch {micro} does not divide --batch_size {batch} into equal shares for "
+            f"`micro_batch` {micro} does not divide `batch_size` {batch} into equal shares for "
             f"{_processes(world_size)}; nearest that do: {near}"
         )
     return micro

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from curriculum.plan import Epoch, Plan
+from curriculum.plan import Pass, Plan
 from curriculum.sampler import CurriculumSampler
 
 
@@ -92,11 +92,11 @@ def summarize(
     }
 
 
-def _sharing(epoch: Epoch, sampler: CurriculumSampler | None) -> dict[str, int | None]:
+def _sharing(epoch: Pass, sampler: CurriculumSampler | None) -> dict[str, int | None]:
     """How a device takes its share of an optimizer step: images, forward passes, images of the largest of them."""
     if sampler is None:
         return {"images_per_device": None, "forward_passes": None, "forward_batch": None}
-    passes = sampler.passes(epoch)
+    passes = sampler.forward_passes(epoch)
     return {
         "images_per_device": epoch.batch_size // sampler.world_size,
         "forward_passes": len(passes),
@@ -110,7 +110,7 @@ def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, floa
         return {"seconds": None, "images_per_s": None}
     if stage.input_size not in images_per_s:
         raise ValueError(
-            f"--speeds has no speed for input size {stage.input_size}: {sorted(images_per_s)} were measured"
+            f"`images_per_s` has no speed for input size {stage.input_size}: {sorted(images_per_s)} were measured"
         )
     speed = images_per_s[stage.input_size] * sampler.world_size
     return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed / stage.replay}

@@ -97,12 +97,14 @@ class ShardCache:
             for start in range(0, size, CHUNK):
                 os.pwrite(descriptor, fetch(start, min(start + CHUNK, size)), start)
             os.fsync(descriptor)  # before the rename: a machine that stops must not leave a file of zeros
-            os.rename(part, self._whole(key))
+            with self._alone():
+                os.rename(part, self._whole(key))
             return True
         except Exception:  # of the disk (full), or of whichever file system it comes from
             self._full_until = time.monotonic() + FULL
             if descriptor is not None:
-                part.unlink(missing_ok=True)
+                with self._alone():
+                    part.unlink(missing_ok=True)
             return False
         finally:
             if descriptor is not None:

@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from config.urls import is_url
 from inputs.decode import BadImage
 from inputs.index_file import IndexWriter, Progress, open_or_build
-from inputs.remote import file_system, is_url, retried
+from inputs.remote import file_system, retried
 from inputs.shards import LocalShards, Shards, in_threads, index_name, open_shards
 
 IMAGE_NAMES, LABEL_NAMES = ("image", "img", "jpg", "jpeg", "png"), ("label", "labels", "class", "cls", "fine_label")

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from config.urls import check_url, is_url
 from inputs.folder import FolderIndex
 from inputs.parquet import ParquetIndex, split_of
 from inputs.published import PUBLISHED
-from inputs.remote import check_url, is_url
 from inputs.tar import TarIndex
 from inputs.tfds import TensorFlowData
 from inputs.views import Joined, Source

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
-from urllib.parse import urlsplit
 
+from config.urls import check_url, is_url, redact
 from inputs.decode import BadImage
-from utils import Unreachable, redact
+from utils import Unreachable
 
 Result = TypeVar("Result")
 PACKAGES = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "hf": "huggingface_hub"}
@@ -31,23 +31,6 @@ WRONG = (400, 401, 403, 405, 410, 416)  # answers of a server that another try d
 _rng = random.Random()
 
 
-def is_url(path: str | Path) -> bool:
-    return isinstance(path, str) and re.match(r"[A-Za-z][A-Za-z0-9+.:-]*://", path) is not None
-
-
-def check_url(url: str, setting: str) -> None:
-    """Raises ValueError for a URL that carries credentials (they would be kept in config.yaml and checkpoints)."""
-    parts = urlsplit(url)
-    if "@" in parts.netloc or parts.query or parts.fragment or "?" in url:
-        raise ValueError(
-            f"--{setting} {redact(url)}: a URL with a user's name, a password or a query would be kept in config.yaml "
-            "and checkpoints; leave them out and give credentials where the file system looks for them (for s3 the "
-            "AWS_* variables or ~/.aws, for gs gcloud's, for hf HF_TOKEN)"
-        )
-    if "::" in url:
-        raise ValueError(f"--{setting} {url}: chained URLs are not read; name the file system that holds the shards")
-
-
 def retried(action: Callable[[], Result], where: str) -> Result:
     """``action()``, tried again with growing delays while the connection fails.
 
@@ -57,11 +40,12 @@ def retried(action: Callable[[], Result], where: str) -> Result:
     for delay in (*DELAYS, None):
         try:
             return action()
-        except FileNotFoundError:
-            raise FileNotFoundError(2, "not found", redact(where)) from None
         except (Unreachable, BadImage):
             raise
-        except Exception as error:  # every file system has kinds of its own
+        except Exception as raised:  # every file system has kinds of its own
+            error = _behind(raised)
+            if isinstance(error, FileNotFoundError):
+                raise FileNotFoundError(2, "not found", redact(where)) from None
             reason = redact(f"{type(error).__name__}: {' '.join(str(error).split())}"[:300])
             if _is_final(error):
                 raise Unreachable(
@@ -74,6 +58,13 @@ def retried(action: Callable[[], Result], where: str) -> Result:
                 ) from None
         time.sleep(delay * _rng.uniform(0.5, 1.5))
     raise AssertionError
+
+
+def _behind(error: Exception) -> Exception:
+    """The failure of a connection, which fsspec over http also calls a file that is not found."""
+    cause = error.__cause__
+    failed = isinstance(cause, TimeoutError) or type(cause).__module__.startswith("aiohttp")
+    return cause if isinstance(error, FileNotFoundError) and failed and getattr(cause, "status", 0) != 404 else error
 
 
 def _is_final(error: Exception) -> bool:

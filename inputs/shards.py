@@ -10,9 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
+from config.urls import is_url
 from inputs.decode import BadImage
 from inputs.index_file import INDEX_NAME
-from inputs.remote import RemoteShards, is_url
+from inputs.remote import RemoteShards
 
 Result = TypeVar("Result")
 OPEN_FILES = 64

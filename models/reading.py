@@ -16,7 +16,7 @@ import torch
 from huggingface_hub.utils import EntryNotFoundError
 from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download_cached_file, hf_split
 
-import checkpoints
+from models import checkpoints
 
 
 class _Inert:

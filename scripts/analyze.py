@@ -19,9 +19,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from analysis import cka, filtered, proposition1, spectra  # noqa: E402
-from analysis.runs import RunFolder  # noqa: E402
-from checkpoints import LAST  # noqa: E402
+from models.checkpoints import LAST  # noqa: E402
+from studies import cka, filtered, proposition1, spectra  # noqa: E402
+from studies.runs import RunFolder  # noqa: E402
 from utils import die  # noqa: E402
 
 

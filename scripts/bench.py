@@ -22,6 +22,8 @@ from curriculum import CurriculumSampler, build_plan, low_frequency_crop
 from engine import Training, train_epoch
 from inputs.finish import Finish
 from models import create_model
+from training.numerics import LossMeter
+from training.tasks import Classification
 
 
 def crop(args: argparse.Namespace) -> dict:
@@ -72,6 +74,8 @@ def loop(args: argparse.Namespace) -> dict:
         plan=plan,
         sampler=CurriculumSampler(plan),
         device=torch.device("cpu"),
+        task=Classification(),
+        loss=LossMeter(torch.device("cpu")),
         clip_grad=1.0,
     )
     epochs = iter(plan)

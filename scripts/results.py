@@ -28,8 +28,8 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from charts import Series, chart  # noqa: E402
-from logs import duration_text, read_log  # noqa: E402
+from training.charts import Series, chart  # noqa: E402
+from training.logs import duration_text, read_log  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns.
 CIRCUMSTANCES = (

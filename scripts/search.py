@@ -28,12 +28,13 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checks import check_settings  # noqa: E402
-from config import Config, parse_config, usage_error  # noqa: E402
-from logs import duration_text  # noqa: E402
-from searching.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
-from searching.study import Study  # noqa: E402
-from searching.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
+from config import Config  # noqa: E402
+from config.checks import check_settings  # noqa: E402
+from config.command_line import parse_config, usage_error  # noqa: E402
+from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
+from studies.study import Study  # noqa: E402
+from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
+from training.logs import duration_text  # noqa: E402
 from utils import STOPPED, die, write_text  # noqa: E402
 
 # Flags that the search sets itself, or that train nothing.

@@ -124,10 +124,12 @@ class WebServer:
 def s3_server(environment):
     """A local S3 server that the environment (``setenv(name, value)``) points to; yields a boto3 client of it."""
     import boto3
+    from fsspec import get_filesystem_class
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
+    get_filesystem_class("s3").clear_instance_cache()  # of an earlier server
     host, port = server.get_host_and_port()
     for name, value in {
         "AWS_ENDPOINT_URL": f"http://{host}:{port}",

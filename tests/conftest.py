@@ -1,5 +1,6 @@
 """What several tests share: a tiny real image folder, and running main.py inside the test process."""
 
+import importlib.util
 import json
 import os
 import random
@@ -15,6 +16,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+def script(name):
+    """scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(f"scripts_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
 
 # A run of a second or two: 48 images, batches of 8 in groups of 4, sizes 32, 48 and 64.
 TINY = {
@@ -104,7 +115,7 @@ class Run:
 
     def state(self, name="checkpoint-last.pth"):
         """A checkpoint's content."""
-        import checkpoints
+        from models import checkpoints
 
         return checkpoints.load(self.output / name)
 

@@ -5,9 +5,9 @@ import signal
 import sys
 
 import main
-import trainer
+from training import session
 
-original = trainer.Trainer._after_step
+original = session.Session.after_step
 
 
 def after_step(self, lr, images):
@@ -21,5 +21,5 @@ def after_step(self, lr, images):
 
 
 if __name__ == "__main__":
-    trainer.Trainer._after_step = after_step
+    session.Session.after_step = after_step
     sys.exit(main.main(sys.argv[1:]))

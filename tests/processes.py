@@ -105,38 +105,38 @@ def _program(argv, log, environment, fault):
 
 def kill_after_step(step):
     """SIGKILLs the process once optimizer step number ``step`` is done, before what follows it (saving)."""
-    import trainer
+    from training import session
 
-    original = trainer.Trainer._after_step
+    original = session.Session.after_step
 
     def after_step(self, lr, images):
         if self.training.step == step:
             os.kill(os.getpid(), signal.SIGKILL)
         return original(self, lr, images)
 
-    trainer.Trainer._after_step = after_step
+    session.Session.after_step = after_step
 
 
 def kill_after_epoch(epoch):
-    """SIGKILLs the process once the epoch record ``epoch`` is evaluated, logged and saved."""
-    import trainer
+    """SIGKILLs the process once the pass of this index is evaluated, logged and saved, and before the next."""
+    from training import session
 
-    original = trainer.Trainer._finish_epoch
+    original = session.Session.enter
 
-    def finish_epoch(self, record):
-        stopped = original(self, record)
-        if record.index == epoch:
+    def enter(self, record):
+        if record.index == epoch + 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        return stopped
+        return original(self, record)
 
-    trainer.Trainer._finish_epoch = finish_epoch
+    session.Session.enter = enter
 
 
 def call_before(place, action, *arguments, count=1):
-    """Calls ``action(*arguments)`` when the ``count``-th call of ``place``, e.g. "trainer.Trainer._save", begins."""
-    *owner, name = place.split(".")
-    target = importlib.import_module(owner[0])
-    for part in owner[1:]:
+    """Calls ``action(*arguments)`` when the ``count``-th call of ``place`` ("training.session:Session.save") begins."""
+    module, _, path = place.partition(":")
+    *owner, name = path.split(".")
+    target = importlib.import_module(module)
+    for part in owner:
         target = getattr(target, part)
     original, left = getattr(target, name), [count]
 

@@ -25,7 +25,7 @@ from processes import Program, call_before, free_port, kill_after_step, signal_s
 from test_faults_numerics import poison
 from test_faults_storage import Storage
 
-import checkpoints
+from models import checkpoints
 
 STEPS = 22
 COMMON = {"model_ema": True, "micro_batch": 2, "eval_interval": "10%", "log_interval": "3 steps", "timeout": 0.2}
@@ -106,9 +106,9 @@ def stopped_at_a_random_time(rng, launch):
 
 
 def stopped_at_a_place(rng, launch):
-    place = rng.choice(["_after_step", "_save", "_evaluate", "_after_batch", "_finish_epoch", "_set_input_size"])
+    place = rng.choice(["after_step", "save", "after_batch", "record", "finish", "enter"])
     number = rng.choice([signal.SIGTERM, signal.SIGUSR1])
-    fault = partial(call_before, f"trainer.Trainer.{place}", signal_self, number, count=rng.randint(1, 6))
+    fault = partial(call_before, f"training.session:Session.{place}", signal_self, number, count=rng.randint(1, 6))
     launch.start({anyone(rng, launch): fault})
 
 
@@ -147,12 +147,12 @@ def loss_not_finite(rng, launch):
 
 
 def loader_process_killed(rng, launch):
-    fault = partial(call_before, "inputs.bad_files.load", end_if_loader, signal.SIGKILL, count=rng.randint(1, 60))
+    fault = partial(call_before, "inputs.bad_files:load", end_if_loader, signal.SIGKILL, count=rng.randint(1, 60))
     launch.start({anyone(rng, launch): fault})
 
 
 def process_hanging(rng, launch):
-    fault = partial(call_before, "trainer.Trainer._after_step", time.sleep, 1000, count=rng.randint(1, STEPS))
+    fault = partial(call_before, "training.session:Session.after_step", time.sleep, 1000, count=rng.randint(1, STEPS))
     launch.start({anyone(rng, launch): fault})
 
 

@@ -1,24 +1,19 @@
 """scripts/analyze.py and what it measures, against direct formulas and numpy's FFT, and on real runs."""
 
 import csv
-import importlib.util
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Run
+from conftest import Run, script
 from torch import nn
 
-from analysis import cka, filtered, proposition1, spectra
-from analysis.runs import RunFolder
 from curriculum import downsample
+from studies import cka, filtered, proposition1, spectra
+from studies.runs import RunFolder
 
-spec = importlib.util.spec_from_file_location("analyze_script", ROOT / "scripts" / "analyze.py")
-analyze = importlib.util.module_from_spec(spec)
-sys.modules["analyze_script"] = analyze
-spec.loader.exec_module(analyze)
+analyze = script("analyze")
 
 
 def read(path):

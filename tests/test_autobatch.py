@@ -6,8 +6,8 @@ import pytest
 import torch
 import yaml
 
-import autobatch
 import main
+from commands import autobatch
 from config import Config
 from curriculum import CurriculumSampler, build_plan
 from models import create_model
@@ -40,7 +40,7 @@ def test_largest_group_and_passes_that_fit():
     assert forward == {224: 64, 160: 128, 96: 256}
     assert asked[:4] == [(224, 512), (224, 256), (224, 128), (224, 64)]
     sampler = CurriculumSampler(plan_of(), micro_batch=micro, forward_batch=forward)
-    passes = {epoch.input_size: sampler.passes(epoch) for epoch in sampler.plan}
+    passes = {epoch.input_size: sampler.forward_passes(epoch) for epoch in sampler.plan}
     assert {size: max(map(len, ranges)) * micro for size, ranges in passes.items()} == forward
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import flags, write_images
 
-import checkpoints
+from models import checkpoints
 
 
 def content(folder):

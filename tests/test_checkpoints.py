@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import same
 
-import checkpoints
-from checkpoints import BadCheckpoint
+from models import checkpoints
+from models.checkpoints import BadCheckpoint
 
 
 def payload(step=3, **more):

@@ -6,7 +6,8 @@ from dataclasses import asdict, fields
 import pytest
 import yaml
 
-from config import Config, load_curriculum, load_recipe, parse_config, to_yaml
+from config import Config, load_curriculum, load_recipe, to_yaml
+from config.command_line import parse_config
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
 FLAGS = """

@@ -13,7 +13,7 @@ from conftest import ROOT, Run, flags, write_images
 from processes import free_port, world
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
-import trainer
+from training import session
 
 # Mixing and erasing are on. Off is what draws per forward pass or looks at the whole batch: drop path and BatchNorm.
 SETTINGS = {"model_ema": True, "model_ema_decay": 0.9, "clip_grad": 1.0, "micro_batch": 2, "eval_interval": "1 steps"}
@@ -55,7 +55,7 @@ def test_two_processes_end_like_one(folder, tmp_path, main_program, kind):
 
     code, output = torchrun(argv("two"))
     assert code == 0, output
-    assert output.count("stage 1/3  epoch 1/") == 1  # one process speaks
+    assert output.count("stage 1/3  pass 1/") == 1  # one process speaks
     assert main_program(argv("one")) == 0
     one, two = Run(tmp_path / "one"), Run(tmp_path / "two")
     assert {record["input_size"] for record in two.log()} == {32, 48, 64}
@@ -94,7 +94,9 @@ def test_gradients_are_reduced_once_per_step(folder, tmp_path):
 
 def count_reductions():
     """Counts DDP's reductions through its communication hook, and tells them at the end."""
-    count, original = [0], trainer.wrap
+    import main
+
+    count, original = [0], main.wrap
 
     def wrap(model, topology, compile_model):
         wrapped = original(model, topology, compile_model)
@@ -106,7 +108,7 @@ def count_reductions():
         wrapped.register_comm_hook(None, hook)
         return wrapped
 
-    trainer.wrap = wrap
+    main.wrap = session.wrap = wrap
     Finalize(None, lambda: print(f"gradient reductions: {count[0]}", flush=True), exitpriority=9)
 
 

@@ -16,13 +16,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, flags, write_images
+from conftest import ROOT, flags, script, write_images
 from test_analysis import analyze
 from test_results import results
 from test_search import search
 from test_slurm import Cluster
-
-import report
 
 PAGES = ("README.md", "TRAINING.md", "EVAL.md", "docs/method.md")
 TESTED_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh")
@@ -79,7 +77,7 @@ def site(tmp_path_factory):
 def run_main(site, main_program, monkeypatch):
     """Runs main.py's command line, reduced, in the site; makes the weights that it asks for by a run of a second."""
     monkeypatch.chdir(site)
-    monkeypatch.setattr("doctor.SECONDS", 0.02)
+    monkeypatch.setattr("commands.doctor.SECONDS", 0.02)
 
     def finished(folder):
         if not (folder / "config.yaml").exists():
@@ -133,9 +131,9 @@ def test_command(page, command, run_main, site, tmp_path):
         assert run_main(words[words.index("main.py") + 1 :]) == 0
     elif words[0] in ("scripts/train.sh", "scripts/slurm.sh"):
         assert run_main(launched(tmp_path, words)) == 0
-    elif words[:2] == ["python", "report.py"]:
+    elif words[:2] == ["python", "scripts/report.py"]:
         run_main.finished(Path(words[2]))
-        assert report.main(words[2:]) == 0
+        assert script("report").main(words[2:]) == 0
     elif words[:2] == ["python", "scripts/results.py"]:
         assert run_main(["--data_path", "data/imagenet", "--output_dir", f"{words[2]}/some_run"]) == 0
         assert results.main(words[2:]) == 0

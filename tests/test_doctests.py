@@ -8,8 +8,8 @@ import pytest
 
 import curriculum
 
-# Made by others that are shown: build_plan gives Plan, Epoch and Stage; Curriculum is made of Segments.
-SHOWN_ELSEWHERE = {"PRESETS", "Plan", "Epoch", "Stage", "Segment"}
+# Made by others that are shown: build_plan gives Plan, Pass and Stage; Curriculum is made of Segments.
+SHOWN_ELSEWHERE = {"PRESETS", "Plan", "Pass", "Stage", "Segment"}
 MODULES = [f"curriculum.{module.name}" for module in pkgutil.iter_modules(curriculum.__path__)]
 
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-import doctor
+from commands import doctor
 from tests.conftest import flags
 
 

@@ -60,10 +60,9 @@ def test_a_subset_of_classes_competes_among_itself(main_program, train, folder, 
     assert line["images"] == 10 and line["acc5"] == 100.0
 
     # The oracle: the checkpoint's weights on the same pixels, by hand.
-    import checkpoints
     from inputs.finish import Finish
     from inputs.transforms import EvalTransform
-    from models import create_model
+    from models import checkpoints, create_model
 
     model = create_model("tests.tiny_models:convnet", 3, 64).eval()
     model.load_state_dict(checkpoints.load(settings["resume"])["model"])
@@ -110,13 +109,13 @@ def test_imagenet_variants_and_real_labels(main_program, imagenet_weights, tmp_p
 
 
 def test_real_accuracy_leaves_out_images_without_labels():
-    from evaluation import real_accuracy
+    from commands.evaluate import real_accuracy
 
     assert real_accuracy([3, 4, 5, 6], [[3], [], [1, 5], [7]]) == pytest.approx(200 / 3)
 
 
 def test_numbered_folders_are_the_classes_of_that_number():
-    from evaluation import _columns
+    from commands.evaluate import _columns
 
     class Numbered:
         classes = ("0", "10", "2")  # as a file system sorts them

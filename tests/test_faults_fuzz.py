@@ -13,9 +13,10 @@ import yaml
 from conftest import ROOT, flags
 from test_checkpoints import payload
 
-import checkpoints
-from checkpoints import BadCheckpoint
-from config import Config, parse_config, to_yaml
+from config import Config, to_yaml
+from config.command_line import parse_config
+from models import checkpoints
+from models.checkpoints import BadCheckpoint
 
 # The extended tests look longer.
 short_and_long = pytest.mark.parametrize("count", [60, pytest.param(600, marks=pytest.mark.extended)])

@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import Run, flags, write_images
 
-import checkpoints
 from config import Config
+from config.checks import PARTS, parse_parts
 from curriculum import build_plan
-from identity import PARTS, fingerprint, identify, parse_parts
 from inputs.folder import FolderIndex
+from models import checkpoints
+from training.identity import fingerprint, identify
 
 SETTINGS = {"save_interval": "1 steps", "model": "tests.tiny_models:convnet"}
 

@@ -11,11 +11,11 @@ from conftest import Run, flags, same
 from processes import Program, kill_after_step, several, world
 from torchvision.datasets import ImageFolder
 
-import checkpoints
 import engine
-import numerics
 from curriculum import CurriculumSampler, build_plan
-from numerics import LossMeter, NonFinite
+from models import checkpoints
+from training import numerics
+from training.numerics import LossMeter, NonFinite
 
 SETTINGS = {"save_interval": "1 steps", "log_interval": "4 steps", "keep_checkpoints": 3}
 BAD = 9  # the first step of the second stage: found at step 12, the next log interval
@@ -60,7 +60,7 @@ def test_stops_within_a_log_interval_and_says_where(
     argv = flags(output_dir=output, data_path=folder, clip_grad=clip_grad, **SETTINGS)
     assert main_program(argv) == 1
     line, out = error_of(capsys)
-    assert f"not finite at step {BAD} (stage 2, epoch 3, input size 48" in line
+    assert f"not finite at step {BAD} (stage 2, pass 3, input size 48" in line
     assert f"{output / f'nonfinite-{BAD}'}" in line and "--lr" in line and "--on_nonfinite skip" in line
     assert "step 8/" in out and "step 12/" not in out  # the log line of step 12 never came
     # The step's images, from torchvision's own list and the sampler's own batch.
@@ -127,9 +127,9 @@ def test_both_of_two_processes_stop_when_one_has_it(folder, tmp_path):
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_skip_leaves_the_step_out(train, poisoned, monkeypatch, amp, kind):
     """Weights, moments and BatchNorm's statistics are those of before it; the average loss is of the other images."""
-    import trainer
+    from training import session
 
-    states, original = [], trainer.Trainer._after_step
+    states, original = [], session.Session.after_step
 
     def record(self, lr, images):
         model = {key: value.clone() for key, value in self.training.model.state_dict().items()}
@@ -137,7 +137,7 @@ def test_skip_leaves_the_step_out(train, poisoned, monkeypatch, amp, kind):
         states.append((model, moments))
         return original(self, lr, images)
 
-    monkeypatch.setattr(trainer.Trainer, "_after_step", record)
+    monkeypatch.setattr(session.Session, "after_step", record)
     poisoned(BAD, BAD + 2, kind=kind)
     run = train(on_nonfinite="skip", amp=amp, **SETTINGS)
     for step in (BAD, BAD + 2):

@@ -42,16 +42,16 @@ def undisturbed_by_two(folder, tmp_path_factory):
 
 
 MOMENTS = {
-    "loader start": ("trainer.make_batches", 1),
-    "first step": ("engine.forward_loss", 1),
-    "mid-accumulation": ("engine.set_hyperparameters", 8),  # before the first of its passes
-    "last step of an epoch": ("trainer.Trainer._after_step", 6),
-    "evaluation": ("trainer.Trainer._evaluate", 1),
-    "in an evaluation": ("trainer.Trainer._after_batch", 2),
-    "evaluation of the average": ("trainer.evaluate", 2),
-    "checkpointing": ("checkpoints.save", 2),
-    "size change": ("trainer.set_input_size", 1),
-    "logging": ("trainer.RunLog.epoch", 1),
+    "loader start": ("training.session:make_batches", 1),
+    "first step": ("engine:forward_loss", 1),
+    "mid-accumulation": ("engine:set_hyperparameters", 8),  # before the first of its passes
+    "last step of an epoch": ("training.session:Session.after_step", 6),
+    "evaluation": ("main:validate", 1),
+    "in an evaluation": ("training.session:Session.after_batch", 2),
+    "evaluation of the average": ("training.validation:evaluate", 2),
+    "checkpointing": ("models.checkpoints:save", 2),
+    "size change": ("training.session:set_input_size", 1),
+    "logging": ("training.session:RunLog.epoch", 1),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_signal_to_one_of_two_stops_both_at_the_same_step(folder, tmp_path, un
 def test_a_second_signal_changes_nothing(folder, tmp_path, undisturbed):
     """To the process while it saves, and to its loader processes too, as a cluster does."""
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
-    stop = partial(call_before, "trainer.Trainer._after_step", signal_group, TERM, count=5)
+    stop = partial(call_before, "training.session:Session.after_step", signal_group, TERM, count=5)
     again = partial(call_before, "checkpoints.os.replace", signal_group, TERM, USR1, TERM, count=12)
     first = Program(argv, tmp_path / "first", fault=partial(several, stop, again))
     assert first.wait() == 75, first.output
@@ -105,7 +105,7 @@ def signal_group(*numbers):
 def test_without_the_handler_a_signal_would_lose_steps(folder, tmp_path):
     """Negative control: what a signal does to a process that does not listen."""
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
-    deaf = partial(call_before, "trainer.Trainer._after_step", default_then_term, count=5)
+    deaf = partial(call_before, "training.session:Session.after_step", default_then_term, count=5)
     assert Program(argv, tmp_path / "first", fault=deaf).wait() == -TERM
     assert Run(tmp_path / "run").state()["step"] == 3
 
@@ -165,7 +165,7 @@ def test_torchrun_starts_a_killed_rank_again(folder, tmp_path, main_program, und
     process = torchrun(argv, log, restarts=1, script="tests/killed_once.py")
     assert end(process, log) == 0, log.read_text()
     said = log.read_text()
-    assert "killing rank 1" in said and said.count("going on from") == 1 and "step 6" in said
+    assert "killing rank 1" in said and said.count("resuming from") == 1 and "step 6" in said
     assert not (tmp_path / "run" / "stopped.json").exists()
     assert same(Run(tmp_path / "run").result(), undisturbed_by_two)
 
@@ -225,7 +225,7 @@ def test_a_dead_process_is_reported_by_the_others(folder, tmp_path):
 
 def test_a_process_that_hangs_is_reported_with_rank_host_and_place(folder, tmp_path):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **QUICK)
-    hang = partial(call_before, "trainer.Trainer._after_step", time.sleep, 1000, count=4)
+    hang = partial(call_before, "training.session:Session.after_step", time.sleep, 1000, count=4)
     started = time.monotonic()
     programs = world(argv, tmp_path / "log", 2, faults={1: hang})
     assert [program.wait(60) for program in programs] == [1, 1]
@@ -248,7 +248,7 @@ def test_an_evaluation_alone_that_hangs(folder, tmp_path, main_program):
 def test_a_loader_process_that_hangs_or_dies(folder, tmp_path, action):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **QUICK)
     program = Program(
-        argv, tmp_path / "log", fault=partial(call_before, "inputs.bad_files.load", harm, action, count=20)
+        argv, tmp_path / "log", fault=partial(call_before, "inputs.bad_files:load", harm, action, count=20)
     )
     assert program.wait(60) == 1
     said = [line for line in program.output.splitlines() if line.startswith("error: ")]

@@ -12,8 +12,8 @@ from conftest import Run, flags, same
 from processes import Program, call_before, several, signal_self
 from test_checkpoints import payload
 
-import checkpoints
-from checkpoints import BadCheckpoint
+from models import checkpoints
+from models.checkpoints import BadCheckpoint
 
 CALLS = ("open", "write", "flush", "fsync", "replace", "link", "unlink", "os.open")
 
@@ -81,7 +81,7 @@ class File:
 
 def write_as_a_run_does(folder, step, keep=2):
     """The calls of one save: the file, its second name, and the removal of what is too old."""
-    from saving import Saver
+    from training.resume import Saver
 
     saver = Saver(folder, "1 steps", keep, None, None)
     saver._write(payload(step), step, best=step % 2 == 1)
@@ -250,9 +250,9 @@ def test_the_last_save_failing_is_no_success(main_program, folder, tmp_path, fai
 
 def full_disk_while_stopping():
     """The save that a signal asks for fails."""
-    import trainer
+    from training import session
 
-    original = trainer.Trainer._save
+    original = session.Session.save
 
     def save(self, epoch, better=False, required=False):
         if required:
@@ -262,12 +262,12 @@ def full_disk_while_stopping():
     def fail(path, content):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    trainer.Trainer._save = save
+    session.Session.save = save
 
 
 def test_a_stop_that_cannot_save_says_so(folder, tmp_path, undisturbed):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
-    stop = partial(call_before, "trainer.Trainer._after_step", signal_self, signal.SIGTERM, count=5)
+    stop = partial(call_before, "training.session:Session.after_step", signal_self, signal.SIGTERM, count=5)
     program = Program(argv, tmp_path / "first", fault=partial(several, full_disk_while_stopping, stop))
     assert program.wait() == 1
     assert "No space left on device; the newest good one is of step 3" in program.output
@@ -290,7 +290,7 @@ def test_damaged_last_checkpoint_costs_one_interval(main_program, folder, tmp_pa
     capsys.readouterr()
     assert main_program(argv) == 0
     said = capsys.readouterr().out
-    assert f"going on from {numbered[1]}, step {step}" in said
+    assert f"resuming from {numbered[1]}, step {step}" in said
     assert f"skipped a checkpoint: {numbered[-1]}" in said and "checkpoint-last.pth carries no checksum" in said
     assert same(Run(output).result(), undisturbed)
 
@@ -319,9 +319,9 @@ def test_real_full_disk(main_program, folder, tmp_path, undisturbed):
 
 def fill_disk_after_step(mount, step):
     """Leaves no room on the disk once ``step`` is done."""
-    import trainer
+    from training import session
 
-    original = trainer.Trainer._after_step
+    original = session.Session.after_step
 
     def after_step(self, lr, images):
         stopped = original(self, lr, images)
@@ -335,4 +335,4 @@ def fill_disk_after_step(mount, step):
                     pass
         return stopped
 
-    trainer.Trainer._after_step = after_step
+    session.Session.after_step = after_step

@@ -8,8 +8,7 @@ import onnxruntime
 import pytest
 import torch
 
-import checkpoints
-from models import create_model, graphs
+from models import checkpoints, create_model, graphs
 from models.export import main
 
 

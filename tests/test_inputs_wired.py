@@ -33,7 +33,7 @@ def test_a_pass_with_replay_still_reads_every_image_once():
 
 
 def test_groups_that_replay_does_not_divide_are_refused():
-    with pytest.raises(ValueError, match="--micro_batch 2 cannot be 1/4 fresh"):
+    with pytest.raises(ValueError, match="`micro_batch` 2 cannot be 1/4 fresh"):
         CurriculumSampler(plan_with_replay(), micro_batch=2)
 
 

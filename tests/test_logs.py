@@ -8,9 +8,9 @@ import pytest
 import torch
 from tensorboardX.proto.event_pb2 import Event
 
-import logs
 from curriculum import build_plan
-from logs import Progress, RunLog, duration_text, progress_line, read_log
+from training import logs
+from training.logs import Progress, RunLog, duration_text, progress_line, read_log
 
 
 def record(step, **more):

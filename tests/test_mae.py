@@ -27,7 +27,7 @@ from models import create_mae, create_model, load_weights
 from models.export import export
 from models.hog import histograms, hog, hog_picture, sobel
 from models.mae import from_patches, position_embedding, to_patches
-from tasks import Reconstruction
+from training.tasks import Reconstruction
 
 MAE = {
     "task": "mae",

@@ -119,5 +119,5 @@ def test_two_nodes_are_one_and_survive_the_loss_of_one(nodes, main_program, fold
     kill_session(processes[0])  # what a scheduler does when a node is lost
     assert "done in" not in log.read_text()
     finish([start(node, argv, log) for node in nodes], log)
-    assert "going on from" in log.read_text()
+    assert "resuming from" in log.read_text()
     check_equal(one, weights(tmp_path / "killed"))

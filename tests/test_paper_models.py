@@ -12,7 +12,9 @@ from curriculum import CurriculumSampler, build_plan, set_input_size
 from engine import Training, train_epoch, unwrap
 from inputs.finish import Finish
 from models import create_model
-from parts import make_optimizer
+from training.build import make_optimizer
+from training.numerics import LossMeter
+from training.tasks import Classification
 from utils import Topology, wrap
 
 SMALLEST = ["resnet18", "convnext_tiny", "deit_tiny", "swin_tiny", "cswin_tiny", "pvt_tiny", "caformer_s18"]
@@ -53,6 +55,8 @@ def run(name, opt, rank=0, world_size=1):
         plan=plan,
         sampler=CurriculumSampler(plan, micro_batch=2, rank=rank, world_size=world_size),
         device=device,
+        task=Classification(),
+        loss=LossMeter(device),
     )
     for epoch in plan:
         if epoch.input_size != model.input_size:
@@ -66,7 +70,7 @@ def run(name, opt, rank=0, world_size=1):
 def batches(sampler, epoch):
     """The same images for the same groups, whatever process they fall to."""
     for step in range(epoch.first_step, epoch.first_step + epoch.steps):
-        for groups in sampler.passes(epoch):
+        for groups in sampler.forward_passes(epoch):
             made = [group_images(step, group, epoch.input_size) for group in groups]
             yield torch.cat([images for images, _ in made]), torch.cat([targets for _, targets in made])
 

@@ -16,7 +16,8 @@ from string import Template
 import pytest
 import yaml
 
-from config import Config, load_curriculum, load_recipe, parse_config
+from config import Config, load_curriculum, load_recipe
+from config.command_line import parse_config
 from curriculum import build_plan, summarize
 from models import create_mae, create_model
 from models.flops import count_flops

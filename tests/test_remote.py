@@ -1,25 +1,23 @@
 """Shards at URLs: S3 and HTTP servers of the tests' own, against the same shards in a local folder."""
 
 import json
-import os
 import pickle
 import re
 
 import numpy as np
 import pytest
 
-from identity import fingerprint
-from inputs import cache as cache_module
+from config.urls import redact
 from inputs import remote
 from inputs.bad_files import load
-from inputs.cache import ShardCache
 from inputs.decode import BadImage, decode
 from inputs.readers import open_source
 from inputs.remote import RangeFile, RemoteShards, expand
 from inputs.tar import TarIndex
 from tests.buckets import SECRET, WebServer, s3_server, upload, write_shards
 from tests.conftest import Run, flags, same
-from utils import Unreachable, redact
+from training.identity import fingerprint
+from utils import Unreachable
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto")
@@ -169,6 +167,20 @@ def test_a_server_that_is_away_is_named_after_all_tries(web, monkeypatch):
         load(index, 0, decode)
 
 
+@pytest.mark.parametrize(
+    ("status", "kind", "said"),
+    [
+        (503, Unreachable, "after 9 tries"),
+        (403, Unreachable, "the credentials"),
+        (404, ValueError, "train/000.tar is not there"),
+    ],
+)
+def test_a_server_that_refuses_from_the_start(web, status, kind, said):
+    web.status = status
+    with pytest.raises(kind, match=said):
+        open_source("tar", web.url, "train/{000..003}.tar")
+
+
 def test_delays_grow():
     delays = remote.DELAYS
     assert delays[0] < 1 and list(delays) == sorted(delays) and 30 < sum(delays) < 300
@@ -189,104 +201,7 @@ def test_a_run_ends_with_one_line_when_the_server_goes(main_program, web, tmp_pa
     assert re.match(r"error: http://127.*\.tar cannot be read after 9 tries \(.*503", last)
 
 
-# ------------------------------------------------------------------------------------------------------------ the cache
-
-
-def fetcher(content, calls):
-    def fetch(start, stop):
-        calls.append((start, stop))
-        return content[start:stop]
-
-    return fetch
-
-
-def test_the_least_recently_used_shard_makes_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "BUSY", 0.0)
-    cache, calls = ShardCache(tmp_path / "c", 2500), []
-    for k, key in enumerate("abc"):
-        assert cache.fill(key, 1000, fetcher(bytes([k]) * 1000, calls))
-        os.utime(cache._whole(key), (k + 1, k + 1))
-        if key == "b":
-            cache._touched.clear()
-            assert cache.read("a", 5, 10) == b"\0" * 10  # a is now used after b
-    assert cache.held(["a", "b", "c"]) == [True, False, True]
-    assert cache.read("b", 0, 1) is None and len(calls) == 3
-    assert not cache.fill("huge", 3000, fetcher(b"", calls)) and cache.held(["a", "c"]) == [True, True]
-
-
-def test_a_shard_in_use_stays(tmp_path):
-    cache, calls = ShardCache(tmp_path, 1500), []
-    assert cache.fill("a", 1000, fetcher(b"a" * 1000, calls))
-    assert not cache.fill("b", 1000, fetcher(b"b" * 1000, calls)) and calls == [(0, 1000)]
-    assert cache.read("a", 0, 3) == b"aaa"
-
-
-def test_a_reader_notices_that_another_process_evicted(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache_module, "BUSY", 0.0)
-    mine, other = ShardCache(tmp_path, 1500), ShardCache(tmp_path, 1500)
-    mine.fill("a", 1000, fetcher(b"a" * 1000, []))
-    assert mine.read("a", 0, 3) == b"aaa"
-    assert other.fill("b", 1000, fetcher(b"b" * 1000, []))
-    assert mine.read("a", 0, 3) is None and mine.read("b", 0, 3) == b"bbb"
-
-
-def _fill_many(folder, shards, log):
-    cache = ShardCache(folder, 10**6)
-    for key in shards:
-        content = key.encode() * 500
-        if not cache.held([key])[0]:
-            cache.fill(key, 1000, lambda start, stop, key=key, content=content: _logged(log, key, content[start:stop]))
-
-
-def _logged(log, key, data):
-    with open(log, "a") as file:
-        file.write(key + "\n")
-    return data
-
-
-def test_processes_download_each_shard_once(tmp_path):
-    import multiprocessing
-
-    keys = [f"{k:02d}" for k in range(40)]
-    fork = multiprocessing.get_context("fork")
-    workers = [fork.Process(target=_fill_many, args=(tmp_path / "c", keys, tmp_path / "log")) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert sorted((tmp_path / "log").read_text().split()) == keys
-    assert all(ShardCache(tmp_path / "c", 1).read(key, 0, 1000) == key.encode() * 500 for key in keys)
-
-
-def _die_in_the_middle(folder):
-    def fetch(start, stop):
-        if start:
-            os._exit(9)
-        return b"x" * (stop - start)
-
-    ShardCache(folder, 10**9).fill("a", cache_module.CHUNK + 1, fetch)
-
-
-def test_a_process_that_is_killed_leaves_nothing_that_is_used(tmp_path):
-    import multiprocessing
-
-    process = multiprocessing.get_context("fork").Process(target=_die_in_the_middle, args=(tmp_path,))
-    process.start()
-    process.join()
-    assert process.exitcode == 9 and (tmp_path / "a.part").exists()
-    cache = ShardCache(tmp_path, cache_module.CHUNK + 100)  # room for one: the part must go first
-    assert cache.read("a", 0, 1) is None
-    assert cache.fill("a", 1000, fetcher(b"y" * 1000, []))
-    assert cache.read("a", 0, 2) == b"yy" and not (tmp_path / "a.part").exists()
-
-
-def test_a_failed_download_leaves_nothing(tmp_path):
-    def fetch(start, stop):
-        raise Unreachable("away")
-
-    cache = ShardCache(tmp_path, 10**6)
-    assert not cache.fill("a", 1000, fetch)
-    assert [path.name for path in tmp_path.iterdir()] == [cache_module.LOCK]
+# ---------------------------------------------------------------------------------------------------------- whole runs
 
 
 def test_a_second_pass_is_local(data, web, tmp_path):
@@ -300,9 +215,6 @@ def test_a_second_pass_is_local(data, web, tmp_path):
     web.status = 503
     again = pickle.loads(pickle.dumps(index))  # as in a worker that is started afresh
     assert pull(again) == pull(TarIndex(data / "train"))[: len(index)]
-
-
-# -------------------------------------------------------------------------------------------------------- whole runs
 
 
 @pytest.fixture
@@ -407,7 +319,7 @@ def test_a_missing_package_is_named(monkeypatch):
     ],
 )
 def test_the_doctor_says_whether_the_cache_suffices(main_program, web, tmp_path, capsys, monkeypatch, cache, said):
-    import doctor
+    from commands import doctor
 
     monkeypatch.setattr(doctor, "SECONDS", 0.02)
     where = {"data_set": "tar", "data_path": web.url, "train_split": "train/{000..099}.tar"}

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import script
 from PIL import Image
 
-import report
-from report import write_report
+from training.report import write_report
 
 VOID = {"meta", "link", "img", "br"}
 
@@ -80,10 +80,10 @@ def test_samples_are_what_the_network_sees(train, monkeypatch):
 
 
 def test_watching_changes_nothing(train, monkeypatch):
-    import trainer
+    from training import session
 
     weights = train("watched", epochs=1).state()["model"]
-    monkeypatch.setattr(trainer.Trainer, "_save_samples", lambda self, images: None)
+    monkeypatch.setattr(session.Session, "_save_samples", lambda self, images: None)
     for key, value in train("unwatched", epochs=1).state()["model"].items():
         assert torch.equal(value, weights[key]), key
 
@@ -114,10 +114,10 @@ def test_command(train, tmp_path, capsys):
     run = train(epochs=1)
     (run.output / "report.html").unlink()
     capsys.readouterr()
-    assert report.main([str(run.output)]) == 0
+    assert script("report").main([str(run.output)]) == 0
     assert capsys.readouterr().out.strip() == str(run.output / "report.html") and (run.output / "report.html").exists()
-    assert report.main([str(tmp_path)]) == 1 and "is no run's output folder" in capsys.readouterr().err
-    assert report.main([]) == 2
+    assert script("report").main([str(tmp_path)]) == 1 and "is no run's output folder" in capsys.readouterr().err
+    assert script("report").main([]) == 2
 
 
 @pytest.mark.extended

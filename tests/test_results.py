@@ -1,22 +1,17 @@
 """scripts/results.py on made-up finished runs: grouping, comparison, speed-ups, files and complaints."""
 
 import csv
-import importlib.util
 import json
-import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import asdict
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, script
 
 from config import Config
 
-spec = importlib.util.spec_from_file_location("results", ROOT / "scripts" / "results.py")
-results = importlib.util.module_from_spec(spec)
-sys.modules["results"] = results
-spec.loader.exec_module(results)
+results = script("results")
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ import pytest
 from conftest import Run, flags, same
 from processes import Program, kill_after_epoch, kill_after_step
 
-import checkpoints
 from curriculum import build_plan
+from models import checkpoints
 
 # A Transformer, whose weights, moments and moving average change shape at the boundary; everything random is on.
 SETTINGS = {

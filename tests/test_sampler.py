@@ -29,7 +29,7 @@ def steps_of(plan, batches, samplers):
         for _ in range(epoch.steps):
             samples = []
             for own, iterator in zip(samplers, iterators):
-                for groups in own.passes(epoch):
+                for groups in own.forward_passes(epoch):
                     batch = next(iterator)
                     assert len(batch) == len(groups) * own.micro_batch
                     samples += batch
@@ -42,7 +42,7 @@ def test_each_image_at_most_once_per_record_and_as_the_record_says(plan):
     batches = iter(sampler(plan))
     for epoch in plan:
         seen = Counter()
-        for _ in range(epoch.steps * len(sampler(plan).passes(epoch))):
+        for _ in range(epoch.steps * len(sampler(plan).forward_passes(epoch))):
             for index, size, magnitude, _seed in next(batches):
                 seen[index] += 1
                 assert (size, magnitude) == (epoch.input_size, epoch.magnitude)
@@ -69,7 +69,7 @@ def test_same_steps_and_groups_on_any_number_of_processes(plan, world_size):
     several = [sampler(plan, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert steps_of(plan, [list(s) for s in several], several) == expected
     for epoch in plan:  # the processes' groups are all groups, none twice
-        groups = [g for s in several for groups in s.passes(epoch) for g in groups]
+        groups = [g for s in several for groups in s.forward_passes(epoch) for g in groups]
         assert groups == list(range(BATCH // MICRO))
     other = sampler(plan, seed=8)
     assert steps_of(plan, [list(other)], [other]) != expected  # negative control
@@ -84,7 +84,7 @@ def test_resume_from_any_step_gives_the_tail(plan, world_size):
         resumed = sampler(plan, rank=world_size - 1, world_size=world_size, start_step=step)
         assert list(resumed) == whole[place:]
         assert len(resumed) == len(whole) - place
-        place += len(own.passes(plan.locate(step)[0]))
+        place += len(own.forward_passes(plan.locate(step)[0]))
     end = sampler(plan, start_step=plan.total_steps)
     assert len(end) == 0 and list(end) == []
 
@@ -96,7 +96,7 @@ def test_seeds_come_from_run_seed_epoch_and_index_only(plan):
         own = sampler(plan, **kwargs)
         batches, found = iter(own), {}
         for epoch in plan:
-            for _ in range(epoch.steps * len(own.passes(epoch))):
+            for _ in range(epoch.steps * len(own.forward_passes(epoch))):
                 for index, _size, _magnitude, seed in next(batches):
                     found[epoch.index, index] = seed
         return found
@@ -124,10 +124,10 @@ def test_derived_seeds_are_unrelated():
 def test_forward_passes_follow_the_pixels(plan):
     """At B a device takes as many groups as cost what one costs at the base size: 5 at 96, 1 at 160 and 224."""
     own = sampler(plan)
-    by_size = {epoch.input_size: [len(groups) for groups in own.passes(epoch)] for epoch in plan}
+    by_size = {epoch.input_size: [len(groups) for groups in own.forward_passes(epoch)] for epoch in plan}
     assert by_size == {96: [4], 160: [1, 1, 1, 1], 224: [1, 1, 1, 1]}
     wide = CurriculumSampler(build_plan("efficienttrain++", epochs=30, num_images=64, batch_size=64), micro_batch=4)
-    passes = {epoch.input_size: [len(groups) for groups in wide.passes(epoch)] for epoch in wide.plan}
+    passes = {epoch.input_size: [len(groups) for groups in wide.forward_passes(epoch)] for epoch in wide.plan}
     assert passes[96] == [4, 4, 4, 4]  # as even as can be, not 5 + 5 + 5 + 1
     half = CurriculumSampler(build_plan("none", epochs=1, base_size=64, num_images=64, batch_size=64))
     assert half.micro_batch == 64
@@ -141,7 +141,7 @@ def test_larger_batches_at_small_sizes():
         assert epoch.batch_size == {96: 64, 160: 32, 224: 16}[epoch.input_size]
         seen = [
             index
-            for _ in range(epoch.steps * len(own.passes(epoch)))
+            for _ in range(epoch.steps * len(own.forward_passes(epoch)))
             for index, _size, _magnitude, _seed in next(batches)
         ]
         assert len(seen) == epoch.steps * epoch.batch_size == len(set(seen))
@@ -150,12 +150,12 @@ def test_larger_batches_at_small_sizes():
 @pytest.mark.parametrize(
     "batch, micro, world_size, message",
     [
-        (16, 5, 1, "--micro_batch 5 does not divide --batch_size 16 .* 1 process; nearest that do: 4 and 8"),
-        (16, 12, 2, "--micro_batch 12 .* 2 processes; nearest that do: 8"),
-        (16, 32, 1, "--micro_batch 32 .* nearest that do: 16"),
-        (16, None, 3, "--batch_size 16 does not share out over 3 processes; nearest that do: 15 and 18"),
-        (16, -4, 1, "--micro_batch is -4"),
-        (16, 0, 1, "--micro_batch is 0"),
+        (16, 5, 1, "`micro_batch` 5 does not divide `batch_size` 16 .* 1 process; nearest that do: 4 and 8"),
+        (16, 12, 2, "`micro_batch` 12 .* 2 processes; nearest that do: 8"),
+        (16, 32, 1, "`micro_batch` 32 .* nearest that do: 16"),
+        (16, None, 3, "`batch_size` 16 does not share out over 3 processes; nearest that do: 15 and 18"),
+        (16, -4, 1, "`micro_batch` is -4"),
+        (16, 0, 1, "`micro_batch` is 0"),
     ],
 )
 def test_sizes_that_do_not_divide_name_the_nearest_that_do(batch, micro, world_size, message):
@@ -167,10 +167,10 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do(batch, micro, world_s
 @pytest.mark.parametrize(
     "batch, micro, world_size, message",
     [
-        (16, 1, 1, "--micro_batch 1 is odd.* nearest that do: 2"),
-        (24, 3, 1, "--micro_batch 3 is odd.* nearest that do: 2 and 4"),
-        (15, None, 1, "--batch_size 15 does not share out over 1 process in pairs.* nearest that do: 14 and 16"),
-        (18, None, 4, "--batch_size 18 .* nearest that do: 16 and 24"),
+        (16, 1, 1, "`micro_batch` 1 is odd.* nearest that do: 2"),
+        (24, 3, 1, "`micro_batch` 3 is odd.* nearest that do: 2 and 4"),
+        (15, None, 1, "`batch_size` 15 does not share out over 1 process in pairs.* nearest that do: 14 and 16"),
+        (18, None, 4, "`batch_size` 18 .* nearest that do: 16 and 24"),
     ],
 )
 def test_mixed_groups_are_even(batch, micro, world_size, message):

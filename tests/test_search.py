@@ -1,6 +1,5 @@
 """scripts/search.py: what searches choose where the outcome is known; real trials; stops, kills, the ledger."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -11,15 +10,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, flags
+from conftest import ROOT, flags, script
 
 from config import load_recipe
 from utils import STOPPED
 
-spec = importlib.util.spec_from_file_location("search_script", ROOT / "scripts" / "search.py")
-search = importlib.util.module_from_spec(spec)
-sys.modules["search_script"] = search
-spec.loader.exec_module(search)
+search = script("search")
 
 
 class Play:
@@ -152,7 +148,7 @@ def test_real_trials_go_on_from_each_other_and_the_recipe(find, tmp_path, in_pro
         output = tmp_path / "search" / "trials" / entry["key"]
         console = (output / "console.txt").read_text()
         if entry["settings"]["resume"]:
-            assert f"going on from {entry['settings']['resume']}" in console
+            assert f"resuming from {entry['settings']['resume']}" in console
         assert "as --stop_after says" in console
     printed = capsys.readouterr().out
     assert "full-size epochs of compute: " in printed and "searched, 4" in printed and "ordinary, 4" in printed
@@ -355,7 +351,7 @@ def test_killed_search_goes_on_with_real_processes(folder, tmp_path, number):
     assert "1 trials of" in done.stdout and "1 more were known" in done.stdout
     assert ledger.read_text().startswith(first) and ledger.read_text().count("\n") == 2
     (second,) = (path for path in (output / "trials").iterdir() if path.name not in first)
-    assert (second / "console.txt").read_text().count("going on from") == 1
+    assert (second / "console.txt").read_text().count("resuming from") == 1
     assert yaml.safe_load((output / "greedy.yaml").read_text())["curriculum"]["stages"][0]["input_size"] == 32
 
 

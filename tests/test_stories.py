@@ -8,10 +8,8 @@ import re
 import shlex
 
 import pytest
-from conftest import ROOT, flags, write_images
+from conftest import ROOT, flags, script, write_images
 from PIL import Image
-
-import report
 
 # The network, the sizes, the batch and the rest stay the recipe's.
 REDUCED = ["--epochs", "2", "--device", "cpu", "--num_workers", "0"]
@@ -37,8 +35,8 @@ def follow(main_program, monkeypatch, tmp_path, capsys):
         if words[:2] == ["python", "main.py"]:
             reduced = [] if NOT_TRAINING & set(words) else REDUCED
             return main_program([*words[2:], *reduced])
-        if words[:2] == ["python", "report.py"]:
-            return report.main(words[2:])
+        if words[:2] == ["python", "scripts/report.py"]:
+            return script("report").main(words[2:])
         if words[:2] == ["python", "-m"]:
             return importlib.import_module(words[2]).main(words[3:])
         return int(words[0] != "bash" or not (ROOT / words[1]).is_file())

@@ -7,9 +7,9 @@ import yaml
 from conftest import Run, flags, write_images
 from PIL import Image
 
+from commands.suggest import HELD_OUT, Seen, base_size, batch, length, look, model, of_the_model, suggest
+from commands.suggest import learning_rate as rate
 from config import Config
-from suggest import HELD_OUT, Seen, base_size, batch, length, look, model, of_the_model, suggest
-from suggest import learning_rate as rate
 
 
 def seen(images, side=300, classes=10):

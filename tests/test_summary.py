@@ -7,8 +7,8 @@ import pytest
 from conftest import ROOT
 
 import main
-from charts import Series, chart, number, ticks
 from curriculum import CurriculumSampler, build_plan, summarize, table
+from training.charts import Series, chart, number, ticks
 
 PLAN = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
 FLOPS = {96: 0.8e9, 160: 2.25e9, 224: 4.5e9}

@@ -18,7 +18,6 @@ from torch import nn
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import trainer as trainer_module
 import utils
 from curriculum import CurriculumSampler, RandAugment, build_plan
 from curriculum.sampler import derive_seed
@@ -26,6 +25,9 @@ from engine import evaluate
 from inputs.transforms import TrainTransform
 from models import create_model
 from tests.tiny_models import plain
+from training import session as session_module
+from training import validation
+from training.tasks import Classification
 
 RECORD = ["epoch", "step", "progress", "equivalent_epochs", "input_size", "magnitude", "lr", "train_loss", "images"]
 RECORD += ["images_per_s", "seconds"]
@@ -43,15 +45,15 @@ def plan():
 def weights_after_each_step(monkeypatch):
     """Fills a list with (learning rates, weights) after every optimizer step of a run."""
     seen = []
-    original = trainer_module.Trainer._after_step
+    original = session_module.Session.after_step
 
     def record(self, lr, images):
-        model = trainer_module.unwrap(self.training.model)
+        model = session_module.unwrap(self.training.model)
         rates = [group["lr"] for group in self.training.optimizer.param_groups]
         seen.append((rates, {key: value.clone() for key, value in model.state_dict().items()}))
         return original(self, lr, images)
 
-    monkeypatch.setattr(trainer_module.Trainer, "_after_step", record)
+    monkeypatch.setattr(session_module.Session, "after_step", record)
     return seen
 
 
@@ -177,11 +179,11 @@ def test_best_is_the_best_at_the_base_size_and_survives_a_resume(train, tmp_path
     scores = iter([90.0, 91.0, 92.0, 95.0, 10.0, 30.0, 20.0, 30.0])  # at sizes 32, 32, 48, 48, then 64
     asked = []
 
-    def fake(model, loader, finish, size, device, amp="none", **_):
+    def fake(model, loader, finish, size, device, task, amp="none", **_):
         asked.append(size)
         return {"loss": 1.0, "acc1": next(scores), "acc5": 100.0, "images": 15}
 
-    monkeypatch.setattr(trainer_module, "evaluate", fake)
+    monkeypatch.setattr(validation, "evaluate", fake)
     settings = {"epochs": 3, "eval_interval": "1 steps", "save_interval": "1 steps", "keep_checkpoints": 100}
     run = train(**settings)
     assert asked == sorted(asked) and set(asked) == {32, 48, 64} and asked.count(64) >= 2
@@ -234,14 +236,14 @@ def test_top5_counts_five(train):
             return images.float()
 
     loader = torch.utils.data.DataLoader(Set(), batch_size=4)
-    result = evaluate(Known(), loader, Passing(), 8, torch.device("cpu"))
+    result = evaluate(Known(), loader, Passing(), 8, torch.device("cpu"), Classification())
     assert result["acc1"] == pytest.approx(100 / 7) and result["acc5"] == pytest.approx(500 / 7)
     logits = torch.arange(7.0).expand(7, 7)
     assert result["loss"] == pytest.approx(F.cross_entropy(logits, torch.arange(7)).item(), rel=1e-5)
     for indices in (range(13), [*range(13), 12]):  # one left out, one twice: as padding across processes would
         wrong = torch.utils.data.DataLoader(Set(), batch_size=4, sampler=indices)
         with pytest.raises(RuntimeError, match="the data set has 14"):
-            evaluate(Known(), wrong, Passing(), 8, torch.device("cpu"))
+            evaluate(Known(), wrong, Passing(), 8, torch.device("cpu"), Classification())
 
 
 @pytest.mark.parametrize("clip_grad", [None, 0.1])

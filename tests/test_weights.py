@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
-import checkpoints
-from models import create_model, load_weights
+from models import checkpoints, create_model, load_weights
 from models.export import main as export
 from models.formats import to_official
 from models.reading import read_weights

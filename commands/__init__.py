@@ -1,0 +1,1 @@
+"""What main.py does besides training: plan, suggest, doctor, evaluate, predict."""

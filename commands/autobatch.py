@@ -1,0 +1,163 @@
+"""``--micro_batch auto``: the largest groups and forward passes that a device's memory holds."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from config import Config, UsageError
+from curriculum import CurriculumSampler, Plan
+from engine import forward_loss
+from training.build import make_training, place
+from utils import Topology, all_min
+
+CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
+HOST_SHARE = 0.5  # of the free main memory, which loader workers and the page cache want too
+
+
+def find(
+    config: Config, plan: Plan, build: Callable[[int], nn.Module], topology: Topology
+) -> tuple[int, dict[int, int]]:
+    """Groups (``--micro_batch``) at the base size, and forward passes (``--forward_batch``) at every size of the plan.
+
+    On CUDA every size is tried with a real forward and backward pass and an optimizer step; elsewhere it is reckoned
+    from what a forward pass of two images keeps for its backward pass. All processes agree on what fits each of them.
+
+    Args:
+        build: input size -> a fresh model.
+
+    Raises:
+        UsageError: not even the smallest group fits.
+    """
+    if topology.device.type == "cuda":
+        fits = Trial(config, plan, build, topology).fits
+    else:
+        fits = Reckoning(build, topology).fits
+    return search(plan, topology.world_size, config.mixup > 0 or config.cutmix > 0, fits)
+
+
+def search(plan: Plan, world_size: int, even: bool, fits: Callable[[int, int], bool]) -> tuple[int, dict[int, int]]:
+    """The search itself; ``fits(input_size, images)`` says whether a device holds a forward pass of so many."""
+    share = plan.batch_size // world_size
+    groups = [n for n in range(share, 0, -1) if share % n == 0 and not (even and n % 2)]
+    micro_batch = next((n for n in groups if fits(plan.base_size, n)), None)
+    if micro_batch is None:
+        raise UsageError(
+            f"--micro_batch auto: not even {groups[-1] if groups else 2} images of {plan.base_size} pixels fit on a "
+            "device; choose a smaller model or --input_size"
+        )
+    forward_batch = {plan.base_size: micro_batch}
+    for stage in plan.stages:
+        if stage.input_size == plan.base_size:
+            continue
+        count = stage.batch_size // world_size // micro_batch  # groups that a device has to take
+        # As few passes as possible, each as even as can be.
+        sizes = sorted({-(-count // passes) for passes in range(1, count + 1)}, reverse=True)
+        most = next((n for n in sizes if n == 1 or fits(stage.input_size, n * micro_batch)), 1)
+        forward_batch[stage.input_size] = most * micro_batch
+    return micro_batch, forward_batch
+
+
+class Trial:
+    """Asks the GPU: trains two steps on blank images with a model of its own, and sees whether memory lasts."""
+
+    def __init__(self, config: Config, plan: Plan, build: Callable[[int], nn.Module], topology: Topology) -> None:
+        self.config, self.plan, self.build, self.topology = config, plan, build, topology
+
+    def fits(self, size: int, images: int) -> bool:
+        device = self.topology.device
+        if device.type == "cuda":
+            torch.cuda.set_per_process_memory_fraction(CUDA_SHARE, device)
+        try:
+            self.train(size, images)
+            held = True
+        except torch.cuda.OutOfMemoryError:
+            held = False
+        finally:
+            if device.type == "cuda":
+                torch.cuda.set_per_process_memory_fraction(1.0, device)
+                torch.cuda.empty_cache()
+        return bool(all_min(torch.tensor(float(held), device=device)))
+
+    def train(self, size: int, images: int) -> None:
+        """The run's own forward pass, loss and optimizer, twice: the optimizer's moments are made in the first step."""
+        device = self.topology.device
+        step = blank_step(self.config, self.plan, self.build(size), images, device)
+        for _ in range(2):
+            step()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # an error of memory may come late
+
+
+def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> Callable[[], None]:
+    """A function that takes one optimizer step on ``images`` blank images, as the run would (``model`` is used up)."""
+    size = model.input_size
+    epoch = replace(plan.records[0], input_size=size)
+    model = place(model, device, config.channels_last)
+    sampler = CurriculumSampler(plan, micro_batch=2 - plan.batch_size % 2)
+    training = make_training(config, plan, sampler, model.train(), model.num_classes)
+    loaded = plan.loaded_size(size)
+    groups = range(images // training.sampler.micro_batch)
+
+    def step() -> None:
+        batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
+        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), epoch, 0, groups)
+        training.scaler.scale(loss).backward()
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
+        training.optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+class Reckoning:
+    """Where running out of memory cannot be survived: parameters four times over, and what each image keeps."""
+
+    def __init__(self, build: Callable[[int], nn.Module], topology: Topology) -> None:
+        self.build, self.topology = build, topology
+        self.free = free_memory(topology.device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        self.known: dict[int, tuple[float, float]] = {}
+
+    def fits(self, size: int, images: int) -> bool:
+        if size not in self.known:
+            self.known[size] = kept_bytes(self.build(size))
+        fixed, per_image = self.known[size]
+        held = fixed + images * per_image <= self.free
+        return bool(all_min(torch.tensor(float(held), device=self.topology.device)))
+
+
+def kept_bytes(model: nn.Module, images: int = 2) -> tuple[float, float]:
+    """Bytes that training holds of the model itself, and for each image (what autograd saves)."""
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    seen: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    state = torch.get_rng_state()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = model.train()(torch.zeros(images, 3, model.input_size, model.input_size))
+    del result
+    torch.set_rng_state(state)
+    fixed = 4.0 * sum(parameter.nbytes for parameter in model.parameters())  # with gradients and Adam's moments
+    return fixed, sum(seen.values()) / images
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that may be used: a share of the free main memory, or what MPS recommends."""
+    if device.type == "mps":
+        return HOST_SHARE * torch.mps.recommended_max_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return HOST_SHARE * available

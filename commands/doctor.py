@@ -1,0 +1,212 @@
+"""``--doctor true``: what a run's bottleneck will be at each input size, measured on this machine in under a minute."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from commands import autobatch
+from commands.autobatch import blank_step
+from config import Config
+from curriculum import CurriculumSampler, Plan
+from datasets import Source, build_source
+from inputs.remote import RemoteShards
+from inputs.shards import remote_parts
+from training.build import make_model, make_plan, make_sampler, make_train_set, number_of_classes
+from utils import Topology, write_text
+
+SECONDS = 1.5  # spent on each measurement of the host; a training step gets as much after a first one
+IMAGES = 64  # different images that are read again and again: what lies in the page cache, as in later epochs
+VARIANTS = {"as set": {}, "--pipeline fast": {"pipeline": "fast"}, "--augment_on device": {"augment_on": "device"}}
+
+
+def diagnose(config: Config, topology: Topology) -> int:
+    """Measures this machine for the run that the settings describe; trains nothing, keeps nothing."""
+    source = build_source(config, train=True)
+    classes = number_of_classes(config, source)
+    plan = make_plan(config, len(source), classes)
+    build = partial(make_model, config, classes)
+    if config.micro_batch == "auto":
+        micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
+        config = replace(config, micro_batch=micro_batch, forward_batch=forward_batch)
+    sampler = make_sampler(config, plan, topology.world_size, topology.rank)
+    return examine(config, plan, sampler, source, build, topology)
+
+
+def examine(
+    config: Config,
+    plan: Plan,
+    sampler: CurriculumSampler,
+    source: Source,
+    build: Callable[[int], nn.Module],
+    topology: Topology,
+) -> int:
+    """Measures, prints the table and the advice, and writes ``speeds.json`` (for ``--plan table --speeds``).
+
+    Measured at each of the plan's sizes: a training step on this device, copying a batch to it, and what one loader
+    worker brings (with the settings as they are, with the fast pipeline, and with RandAugment on the device).
+
+    Args:
+        build: input size -> a fresh model.
+    """
+    cores = usable_cores()
+    rows = []
+    for stage in {stage.input_size: stage for stage in plan.stages}.values():
+        epoch = next(epoch for epoch in plan if epoch.input_size == stage.input_size)
+        images = len(sampler.forward_passes(epoch)[0]) * sampler.micro_batch
+        row = {
+            "input_size": stage.input_size,
+            "replay": stage.replay,
+            "step": step_speed(config, plan, build(stage.input_size), images, topology.device),
+            "copy": copy_speed(plan, stage.input_size, images, topology.device),
+        }
+        for name, change in VARIANTS.items():
+            row[name] = loader_speed(replace(config, **change), plan, source, stage.input_size)
+        rows.append(row)
+        print(describe(row, config.num_workers, cores), flush=True)
+    for line in advice(rows, config.num_workers, cores):
+        print(line)
+    for shards in remote_parts(source):
+        print(describe_cache(shards, network_speed(shards, len(source))))
+    if config.output_dir:
+        path = Path(config.output_dir) / "speeds.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, json.dumps({"images_per_s": {str(row["input_size"]): row["step"] for row in rows}}) + "\n")
+        print(f"measured speeds: {path} (--plan table --speeds {path} tells the time of the whole run)")
+    return 0
+
+
+def workers_needed(row: dict[str, Any], variant: str = "as set") -> int:
+    """Loader workers whose images keep one device busy."""
+    return max(1, math.ceil(row["step"] / row["replay"] / row[variant]))
+
+
+def describe(row: dict[str, Any], workers: int, cores: int) -> str:
+    """One size: the speeds, and which of them holds back the others with ``workers`` workers on ``cores`` cores."""
+    speeds = {
+        "the training step": row["step"],
+        "copying to the device": row["copy"],
+        "loading": row["as set"] * max(1, min(workers, cores)) * row["replay"],
+    }
+    slowest = min(speeds, key=speeds.get)
+    return (
+        f"B {row['input_size']:>4}: training step {row['step']:,.0f} images/s, copy {row['copy']:,.0f}, one worker "
+        f"{row['as set']:,.0f}; bottleneck with {workers} workers: {slowest}; workers needed: {workers_needed(row)}"
+    )
+
+
+def advice(rows: list[dict[str, Any]], workers: int, cores: int) -> list[str]:
+    """What would help, in words; one line if nothing needs to."""
+    needed = max(workers_needed(row) for row in rows)
+    usable = max(1, min(workers, cores))
+    if needed <= usable:
+        return [
+            f"loading keeps up at every size with --num_workers {workers}: the training step is what takes the time"
+        ]
+    lines = []
+    if needed <= cores:
+        return [f"set --num_workers {needed} (for each process): {cores} cores are there, and then loading keeps up"]
+    lines.append(f"loading would need {needed} workers at its worst size; a process has {cores} cores here:")
+    for variant in list(VARIANTS)[1:]:
+        then = max(workers_needed(row, variant) for row in rows)
+        lines.append(f"  {variant}: {then} workers ({'enough' if then <= cores else 'still too many'})")
+    factors = [max(1, math.ceil(row["step"] / (row["as set"] * cores))) for row in rows]
+    lines.append(f"  --replay '{json.dumps(factors)}': {cores} workers are enough (a loaded image is used that often)")
+    return lines
+
+
+def step_speed(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> float:
+    """Images per second of the run's own optimizer step, of one forward pass, on blank images."""
+    step = blank_step(config, plan, model, images, device)
+    step()  # makes the optimizer's state, and lets libraries choose their algorithms
+    return images * repeat(step, device)
+
+
+def copy_speed(plan: Plan, size: int, images: int, device: torch.device) -> float:
+    """Images per second from main memory to the device; infinite on the CPU, where nothing is copied."""
+    if device.type == "cpu":
+        return math.inf
+    side = plan.loaded_size(size)
+    batch = torch.zeros(images, 3, side, side, dtype=torch.uint8)
+    batch = batch.pin_memory() if device.type == "cuda" else batch
+    return images * repeat(lambda: batch.to(device, non_blocking=True), device)
+
+
+def loader_speed(config: Config, plan: Plan, source: Source, size: int) -> float:
+    """Images per second that one worker reads, decodes and augments at the highest magnitude of the plan's stages."""
+    data = make_train_set(config, plan, source)
+    magnitude = None if plan.records[-1].magnitude is None else plan.max_magnitude
+    rng = random.Random(0)
+    indices = [rng.randrange(len(source)) for _ in range(IMAGES)]
+    samples = iter([(index, size, magnitude, seed) for seed in range(100_000 // IMAGES) for index in indices])
+    for index in indices:  # into the page cache
+        source.read(index)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a worker
+    try:
+        return repeat(lambda: data[next(samples)], torch.device("cpu"))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def network_speed(shards: RemoteShards, images: int) -> float:
+    """Images per second that one worker reads at a URL, by ranges of the shards' mean size of an image."""
+    rng = random.Random(0)
+    mean = max(1, sum(size for size, _ in shards.stamps) // images)
+
+    def fetch() -> None:
+        k = rng.randrange(len(shards.names))
+        start = rng.randrange(max(1, shards.stamps[k][0] - mean))
+        shards.fetch(k, start, min(start + mean, shards.stamps[k][0]))
+
+    fetch()  # connects
+    return repeat(fetch, torch.device("cpu"))
+
+
+def describe_cache(shards: RemoteShards, speed: float) -> str:
+    """One line: what of the shards at a URL the cache can hold and holds, and what that means for every pass."""
+    sizes = [size for size, _ in shards.stamps]
+    total = sum(sizes)
+    needed = f"--cache_size {math.ceil(1.1 * total / 1e9)}"
+    start = (
+        f"{len(sizes)} shards of {total / 1e9:,.2f} GB at {shards.root}, read there at {speed:,.0f} images/s a worker"
+    )
+    if shards.cache is None:
+        return f"{start}, in every pass: set --cache_dir (a local folder) and {needed}, and only the first pass is"
+    held = sum(size for size, here in zip(sizes, shards.cache.held(shards.keys)) if here)
+    limit, free = shards.cache.limit, shutil.disk_usage(shards.cache.folder).free
+    if min(limit, free + held) < total:
+        share = min(limit, free + held) / total
+        short = f"its disk has room for {share:.0%} of them" if free + held < limit else f"holds {share:.0%} of them"
+        mend = "use a larger disk" if free + held < min(limit, total) else f"set {needed}"
+        return f"{start}: the cache does not suffice, {short}, and the rest is read there in every pass; {mend}"
+    return f"{start}: the cache suffices ({held / total:.0%} of them are in it), so that only the first pass is"
+
+
+def repeat(action: Callable[[], Any], device: torch.device) -> float:
+    """Times per second that ``action`` can be done, over SECONDS (at least once)."""
+    count, started = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - started < SECONDS:
+        action()
+        count += 1
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+    return count / (time.perf_counter() - started)
+
+
+def usable_cores() -> int:
+    """Processor cores of this process's share of the machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))

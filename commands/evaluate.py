@@ -1,0 +1,142 @@
+"""Evaluating finished weights (``--eval true``): any input size, raw or averaged, on ImageNet's variants too."""
+
+from __future__ import annotations
+
+import json
+import pkgutil
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import ImageNetInfo
+
+from config import Config
+from datasets import Source, build_source, eval_loader
+from engine import evaluate
+from inputs.folder import FolderIndex
+from inputs.transforms import EvalTransform
+from models import checkpoints, create_model, load_weights
+from models.reading import read_weights
+from training.build import make_finish
+from training.tasks import Classification
+from training.watchdog import Watchdog
+from utils import Topology
+
+
+def evaluate_weights(config: Config, topology: Topology) -> int:
+    """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune.
+
+    Raises:
+        ValueError: no weights named, weights without a head for these classes, or images of unknown classes.
+    """
+    source_of_weights = config.resume or config.finetune
+    if source_of_weights is None:
+        raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
+    checkpoints.verify_own(source_of_weights)
+    content = read_weights(source_of_weights)
+    source = _source(config)
+    known = _model_classes(config, content, source)
+    columns = _columns(source, known)
+    real = _real_labels(source) if config.real_labels else None
+    size = config.eval_size or config.input_size
+    model = create_model(config.model, len(known), size, config.drop_path, **(config.model_args or {}))
+    loader = eval_loader(
+        source,
+        EvalTransform(size, size, "lanczos", config.crop_pct),
+        _batch_size(config, topology),
+        topology.rank,
+        topology.world_size,
+        config.num_workers,
+        topology.device.type == "cuda",
+    )
+    finish, task = make_finish(config, len(known), "lanczos"), Classification(columns=columns)
+    averaged = isinstance(content.get("model_ema"), dict)
+    for key in ("model", "model_ema") if averaged else (None,):
+        report = load_weights(model, source_of_weights, key=key)
+        if report.random:
+            raise ValueError(
+                f"{source_of_weights} has no head for {len(known)} classes ({', '.join(report.random)} would stay "
+                "random): train one with --finetune, or name the number of classes it has with --num_classes"
+            )
+        model.to(topology.device)
+        started = time.perf_counter()
+        with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:
+            stop = partial(watchdog.beat, "evaluating")
+            scores = evaluate(model, loader, finish, size, topology.device, task, config.amp, stop=stop)
+        speed = scores["images"] / (time.perf_counter() - started)
+        line = {"weights": key or "model", "eval_size": size, **scores, "images_per_s": round(speed, 1)}
+        top = line.pop("predictions")
+        if real is not None:
+            top = top.cpu() if columns is None else columns[top.cpu()]
+            line["real_acc1"] = real_accuracy(top.tolist(), real)
+        if topology.is_main:
+            print(json.dumps(line), flush=True)
+    return 0
+
+
+def real_accuracy(predictions: list[int], real: list[list[int]]) -> float:
+    """ReaL accuracy, per cent: predictions among an image's reassessed labels; images without any do not count."""
+    judged = [prediction in labels for prediction, labels in zip(predictions, real) if labels]
+    return 100 * sum(judged) / max(len(judged), 1)
+
+
+def _source(config: Config) -> Source:
+    """--eval_data's class folders, else the data set's validation images."""
+    if config.eval_data is None:
+        return build_source(config, train=False)
+    return FolderIndex(config.eval_data)
+
+
+def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:
+    """Names of the model's outputs, in order: the checkpoint says, or ImageNet's wnids fit, or the data set's."""
+    if config.num_classes is None and content.get("classes"):
+        return list(content["classes"])
+    wnids = ImageNetInfo("imagenet-1k").label_names()
+    count = config.num_classes or (len(wnids) if set(source.classes) <= set(wnids) else len(source.classes))
+    if count == len(wnids) and (set(source.classes) <= set(wnids) or _are_numbers(source.classes)):
+        return wnids
+    return [*source.classes, *(f"unnamed {i}" for i in range(len(source.classes), count))]
+
+
+def _columns(source: Source, known: list[str]) -> torch.Tensor | None:
+    """The model's output for each class of the data set; None if they are the same. Fewer classes: only those compete.
+
+    So ImageNet-A and -R (200 of the 1000 wnids) are scored among their own classes, as their authors do; ImageNet-V2's
+    folders are named by the class's number.
+    """
+    if list(source.classes) == known:
+        return None
+    if _are_numbers(source.classes) and not set(source.classes) <= set(known):
+        columns = [int(name) for name in source.classes]
+        if max(columns) < len(known):
+            return torch.tensor(columns)
+    place = {name: column for column, name in enumerate(known)}
+    unknown = [name for name in source.classes if name not in place]
+    if unknown:
+        raise ValueError(
+            f"the model has no class {unknown[0]!r} ({len(unknown)} of the images' classes are unknown to it)"
+        )
+    return torch.tensor([place[name] for name in source.classes])
+
+
+def _are_numbers(names: list[str]) -> bool:
+    return all(name.isdigit() for name in names)
+
+
+def _real_labels(source: Source) -> list[list[int]]:
+    """The reassessed labels (timm ships them) of ImageNet's validation images, by file name, in the set's order."""
+    labels = json.loads(pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json"))
+    table = {f"ILSVRC2012_val_{number:08d}.JPEG": label for number, label in enumerate(labels, 1)}
+    names = [Path(source.name(i)).name for i in range(len(source))]
+    unknown = [name for name in names if name not in table]
+    if unknown:
+        raise ValueError("--real_labels is for the validation images of ImageNet-1K under their original file names")
+    return [table[name] for name in names]
+
+
+def _batch_size(config: Config, topology: Topology) -> int:
+    if isinstance(config.micro_batch, int):
+        return config.micro_batch
+    return max(1, config.batch_size // topology.world_size)

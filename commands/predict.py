@@ -1,0 +1,185 @@
+"""Labels for images (``--predict``): a checkpoint's top classes and their probabilities, as JSON lines or CSV."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from config import Config
+from datasets import loader_options
+from engine import autocast
+from inputs.decode import BadImage
+from inputs.transforms import EvalTransform
+from models import load_weights
+from models.reading import read_weights
+from training.build import make_finish, make_model
+from utils import Topology
+
+BATCH = 32
+# What decides how the model is built and what it is shown: the checkpoint's, unless it was said on the command line.
+FROM_CHECKPOINT = ("model", "model_args", "input_size", "eval_size", "num_classes", "crop_pct")
+
+
+def predict(config: Config, said: Collection[str], topology: Topology) -> int:
+    """Writes one line per image, in the order of their names, to --predict_to or standard output.
+
+    Args:
+        config: the settings; ``said``: those that were given, which win over the checkpoint's.
+
+    Returns:
+        0, or 1 if some images could not be used: their lines say why, and so does a line on standard error.
+
+    Raises:
+        ValueError: no images, a checkpoint that is not this project's or lacks what is asked for.
+    """
+    if topology.world_size > 1:
+        raise ValueError("--predict runs in one process: start it without torchrun")
+    paths = find_images(config.predict)
+    content = read_weights(config.resume)
+    if not isinstance(content.get("config"), dict) or not content.get("classes"):
+        raise ValueError(
+            f"--predict: {config.resume} is not a checkpoint of this project, so its classes have no names"
+        )
+    trained = {name: content["config"].get(name) for name in FROM_CHECKPOINT if name not in said}
+    config = replace(config, **trained)
+    averaged = config.model_ema if "model_ema" in said else content["best"].get("weights") == "model_ema"
+    key = "model_ema" if averaged else "model"
+    if content.get(key) is None:
+        raise ValueError(f"--model_ema true: {config.resume} holds no moving average; use --model_ema false")
+    names = list(content["classes"])
+    names += [f"unnamed {i}" for i in range(len(names), config.num_classes or 0)]
+    size = config.eval_size or config.input_size
+    model = make_model(replace(config, drop_path=0.0), len(names), size)
+    load_weights(model, config.resume, key=key)
+    model.to(topology.device).eval()
+
+    bad = []
+    top_k = min(config.top_k, len(names))
+    with torch.inference_mode(), open_writer(config.predict_to, top_k) as write:
+        finish = make_finish(replace(config, input_size=size), len(names), "lanczos")
+        for indices, images, reasons in _batches(paths, size, config, topology.device):
+            if images is not None:
+                with autocast(topology.device, config.amp):
+                    logits = model(finish.evaluate(images.to(topology.device), size)).float()
+                rows = iter(zip(*(part.tolist() for part in logits.softmax(1).topk(top_k))))
+            for index, reason in zip(indices, reasons):
+                if reason is None:
+                    probabilities, labels = next(rows)
+                    top = [(names[label], round(p, 6)) for label, p in zip(labels, probabilities)]
+                    write(paths[index], top, None)
+                else:
+                    bad.append(f"{paths[index]} ({reason})")
+                    write(paths[index], [], reason)
+    print(
+        f"{len(paths) - len(bad)} images labelled by {key} of step {content['step']}, {config.resume}", file=sys.stderr
+    )
+    if bad:
+        print(f"error: {len(bad)} of {len(paths)} images cannot be used, the first: {bad[0]}", file=sys.stderr)
+    return int(bool(bad))
+
+
+def find_images(where: str) -> list[str]:
+    """The image, the images below the folder, or those that the pattern (photos/*.jpg) matches; sorted.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if os.path.isdir(where):
+        found = [
+            os.path.join(folder, name)
+            for folder, _, names in os.walk(where)
+            for name in names
+            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        ]
+    else:
+        found = [where] if os.path.isfile(where) else [path for path in glob.glob(where) if os.path.isfile(path)]
+    if not found:
+        raise ValueError(
+            f"--predict {where}: no images there; name an image, a folder or a pattern like 'photos/*.jpg'"
+        )
+    return sorted(found)
+
+
+@contextmanager
+def open_writer(path: str | None, top_k: int) -> Iterator[Any]:
+    """Yields ``write(image, [(label, probability), ...], reason or None)``.
+
+    JSON lines go to standard output or a file, CSV to a file whose name ends in .csv. A file appears under its name
+    only once it is whole.
+    """
+    if path is None:
+        yield _json_lines(sys.stdout)
+        return
+    temporary = Path(path + ".tmp")
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+            yield _csv(file, top_k) if path.lower().endswith(".csv") else _json_lines(file)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_lines(file: TextIO) -> Any:
+    def write(image: str, top: list[tuple[str, float]], reason: str | None) -> None:
+        line: dict[str, Any] = {"image": image}
+        line.update({"top": [{"label": a, "probability": b} for a, b in top]} if reason is None else {"error": reason})
+        print(json.dumps(line), file=file)
+
+    return write
+
+
+def _csv(file: TextIO, top_k: int) -> Any:
+    writer = csv.writer(file)
+    columns = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
+    writer.writerow(["image", *columns, "error"])
+
+    def write(image: str, top: list[tuple[str, float]], reason: str | None) -> None:
+        cells = [value for pair in top for value in pair] or [""] * len(columns)
+        writer.writerow([image, *cells, reason or ""])
+
+    return write
+
+
+class _Images(Dataset):
+    """Items are (index, uint8 image (3, S, S) or None, reason why it cannot be used or None)."""
+
+    def __init__(self, paths: list[str], transform: EvalTransform) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
+        try:
+            return index, self.transform(Path(self.paths[index]).read_bytes()), None
+        except OSError as error:
+            return index, None, error.strerror or str(error)
+        except BadImage as error:
+            return index, None, str(error)
+
+
+def _batches(
+    paths: list[str], size: int, config: Config, device: torch.device
+) -> Iterator[tuple[list[int], torch.Tensor | None, list[str | None]]]:
+    data = _Images(paths, EvalTransform(size, size, "lanczos", config.crop_pct))
+    workers = min(config.num_workers, len(paths) // BATCH)  # starting them costs more than a few images
+    options = loader_options(workers, device.type == "cuda")
+    return iter(DataLoader(data, BATCH, collate_fn=_collate, **options))
+
+
+def _collate(items: list[tuple[int, torch.Tensor | None, str | None]]) -> tuple[Any, ...]:
+    indices, images, reasons = zip(*items)
+    good = [image for image in images if image is not None]
+    return indices, torch.stack(good) if good else None, reasons

@@ -1,0 +1,108 @@
+"""Ranges of the settings: what can be refused by looking at one number."""
+
+from __future__ import annotations
+
+import difflib
+import re
+
+from config.settings import Config
+from config.urls import check_url, is_url, redact
+from config.usage import UsageError, as_usage
+from curriculum import parse_duration
+
+# The parts of a run that --allow_change names.
+PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
+
+_RANGES = {
+    "at least 0": (
+        lambda x: x >= 0,
+        "num_workers keep_checkpoints mixup cutmix min_lr weight_decay weight_decay_end head_init_scale",
+    ),
+    "at least 1": (
+        lambda x: x >= 1,
+        "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
+    ),
+    "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
+    "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
+    "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
+    "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
+}
+
+
+def check_settings(config: Config) -> None:
+    """Raises UsageError for a setting outside its range; names it, its value and the range."""
+    for expected, (fits, names) in _RANGES.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if value is not None and not fits(value):
+                raise UsageError(f"--{name} is {value}; it must be {expected}")
+    low, high = config.crop_scale
+    if not 0 < low <= high <= 1:
+        raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
+    if config.opt_betas is not None and not all(0 <= beta < 1 for beta in config.opt_betas):
+        raise UsageError(f"--opt_betas is {list(config.opt_betas)}; each must be at least 0 and below 1")
+    if config.eval and not (config.resume or config.finetune):
+        raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
+    if config.predict is not None and not config.resume:
+        raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    for name in ("data_path", "eval_data", "train_split", "val_split"):
+        if is_url(value := getattr(config, name)):
+            check_url(value, name)
+    if is_url(config.cache_dir):
+        raise UsageError(f"--cache_dir {redact(config.cache_dir)} is a URL; name a folder on a local disk")
+    if config.task == "mae":
+        _check_mae(config)
+    parse_interval(config.save_interval)
+    parse_parts(config.allow_change)
+    for name in ("log_interval", "eval_interval"):
+        with as_usage():
+            parse_duration(getattr(config, name))
+
+
+def _check_mae(config: Config) -> None:
+    """Raises UsageError for settings that masked autoencoders have no use for."""
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob") if getattr(config, name) > 0]
+    if config.magnitude != "none":
+        unwanted.append("--magnitude none")
+    if unwanted:
+        raise UsageError(
+            f"--task mae predicts what it hides of images that are only cropped and flipped: set {' '.join(unwanted)} "
+            "(recipes in recipes/mae do)"
+        )
+    for name in ("finetune", "linear_probe", "eval"):
+        if value := getattr(config, name):
+            raise UsageError(
+                f"--{name} {str(value).lower() if value is True else value} is for --task supervised: a masked "
+                "autoencoder has no classes, and is fine-tuned or probed by a run of its own (recipes/mae)"
+            )
+
+
+def parse_interval(text: str | float) -> float | None:
+    """``30 minutes`` -> seconds; None for a duration of the plan (:func:`curriculum.parse_duration`).
+
+    Raises:
+        UsageError: neither.
+    """
+    match = re.fullmatch(r"\s*([0-9.]+)\s*(?:min|minutes?)\s*", str(text))
+    if match is None:
+        try:
+            parse_duration(text)
+        except ValueError as error:
+            raise UsageError(f"--save_interval: {error}, or 30 minutes") from None
+        return None
+    try:
+        return 60 * float(match[1])
+    except ValueError:
+        raise UsageError(f"--save_interval {text!r} is not understood; write e.g. 30 minutes") from None
+
+
+def parse_parts(text: str | None) -> list[str]:
+    """``data,seed`` -> the names. Raises UsageError for one that is not among PARTS."""
+    names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    for name in names:
+        if name not in PARTS:
+            near = difflib.get_close_matches(name, PARTS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"it may name {', '.join(PARTS)}"
+            raise UsageError(f"--allow_change {name}: no such part of a run; {hint}")
+    return names

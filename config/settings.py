@@ -1,0 +1,242 @@
+"""Every setting, once: its type, its default and a line of help. Flags and recipe keys are made from this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """run"""
+
+    output_dir: str | None = None
+    """Folder for checkpoints, logs and the resolved configuration; required for training."""
+    resume: str | None = None
+    """Checkpoint to go on from (or to evaluate); launched again, the same command goes on from what it has done."""
+    auto_resume: bool = True
+    """Go on from the newest good checkpoint in --output_dir, if there is one."""
+    rows: list[str] | None = None
+    """Rows of the papers' tables that this run reproduces, for scripts/results.py; they are in recipes/papers.json."""
+    eval: bool = False
+    """Evaluate the model of --resume (or --finetune) and exit."""
+    eval_data: str | None = None
+    """--eval: folder of class folders to score instead of the validation images (ImageNet-V2, -A, -R, ...)."""
+    real_labels: bool = False
+    """--eval: add the accuracy on ImageNet's reassessed labels (ReaL)."""
+    suggest: bool = False
+    """Look at the images of --data_path and write a recipe for them, with the reasons, to standard output and as
+    recipe.yaml to --output_dir; settings that are given are kept."""
+    predict: str | None = None
+    """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
+    JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
+    predict_to: str | None = None
+    """--predict: write to this file instead; CSV if its name ends in .csv."""
+    top_k: int = 5
+    """--predict: classes per image."""
+    eval_size: int | None = None
+    """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
+    plan: Literal["none", "table", "json", "picture"] = "none"
+    """Print what the run would do (picture: draw it, as plan.svg) and exit; no data needed if --num_images is given."""
+    devices: int | None = None
+    """Number of devices that --plan reckons with; default: those of this launch."""
+    doctor: bool = False
+    """Measure loading, copying and the training step at every input size on this machine, say what holds the run back,
+    and exit; a minute at most."""
+    speeds: str | None = None
+    """JSON file of measured speeds, {"images_per_s": {"96": ..., "224": ...}} of one device: --plan then tells time."""
+    device: str = "auto"
+    """cuda, cpu or mps; auto takes the best that is there."""
+    seed: int = 0
+    """Seed of initial weights, shuffling, augmentation, mixing and drop path."""
+    deterministic: bool = False
+    """Bit-identical results on CUDA too, where a stopped run goes on exactly; slower there."""
+    log_interval: float | str = "50 steps"
+    """Duration between progress lines (the loss is read from the device only then)."""
+    eval_interval: float | str = "5%"
+    """Duration between evaluations (at the end of the epoch in which it elapses); there is always one at the end."""
+    save_interval: float | str = "5%"
+    """Duration between checkpoints, at the very step, or "30 minutes"; there is always one at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoint-<step>.pth files kept, beside checkpoint-last.pth and checkpoint-best.pth."""
+    allow_change: str | None = None
+    """What may differ from the checkpoint that is resumed: any of model,data,curriculum,batch_size,seed,optimizer."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
+    stop_after: float | str | None = None
+    """Duration after which the run saves and ends, though its plan goes on; without it the same command goes on."""
+    timeout: float = 30.0
+    """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """data"""
+
+    data_set: str = "folder"
+    """folder: class folders; tar: archives of class folders, or WebDataset's shards; parquet: files with an image
+    column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
+    cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    data_path: str | None = None
+    """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
+    Credentials come from their usual places, never in the URL."""
+    train_split: str = "train"
+    """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
+    imagenet21k_train+imagenet21k_small_classes)."""
+    val_split: str = "val"
+    """The same of the validation images."""
+    val_per_class: int | None = None
+    """Where there is no validation set: this many images of each class are held out from training."""
+    cache_dir: str | None = None
+    """Local folder that keeps shards of a URL, and their index; several runs may share it. Default: the index goes to
+    the user's cache folder, and images are read over the network in every pass."""
+    cache_size: float = 100.0
+    """GB that the shards in --cache_dir may take; the least recently used one makes room."""
+    class_map: str | None = None
+    """File of class names, one a line: only these are used. A second name after a tab is the label's."""
+    max_bad: float = 0.001
+    """Share of training images that may be unreadable (named in bad_files.txt, replaced); beyond it the run stops."""
+    num_images: int | None = None
+    """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
+    num_classes: int | None = None
+    """Number of classes; default: what the data set has (1000 for a plan without data)."""
+    num_workers: int = 8
+    """Loader processes of each training process; 0 loads in the training process itself."""
+    crop_pct: float = 0.875
+    """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Training: range of the random resized crop's area, as a share of the image's."""
+    pipeline: Literal["exact", "fast"] = "exact"
+    """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
+    augment_on: Literal["host", "device"] = "host"
+    """Where flips and RandAugment run: in the loader's workers, or batched on the device (few CPU cores per GPU)."""
+    replay: list[int] | None = None
+    """For each stage, how often a loaded image is used on average, e.g. [4, 2, 1] (ET++ Section 5.3); default: once.
+    Depends on the number of processes, for each replays the images that it loaded."""
+    replay_memory: float = 4.0
+    """GB of main memory for the replay buffer, per process."""
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """model"""
+
+    task: Literal["supervised", "mae"] = "supervised"
+    """What is learnt: classes, or (mae) to fill in what is masked of an image, for fine-tuning later."""
+    model: str = "convnext_tiny"
+    """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
+    input_size: int = 224
+    """The full ("base") input size, pixels a side."""
+    drop_path: float = 0.0
+    """Stochastic depth rate of the last block (0 at the first, rising linearly)."""
+    model_args: dict[str, Any] | None = None
+    """More keyword arguments of the model's constructor, e.g. {ls_init_value: 1e-6}."""
+    finetune: str | None = None
+    """Weights to start from: a file (ours or anyone's), a URL or a hub name."""
+    linear_probe: bool | Literal["batchnorm"] = False
+    """Train the classifier alone, on a body that stands still (with --finetune); batchnorm: behind one, as MAE's."""
+    head_init_scale: float = 1.0
+    """Factor on the head's initial weights when fine-tuning gives the model a new head (ConvNeXt: 0.001)."""
+    mae_target: Literal["pixels", "hog"] = "pixels"
+    """--task mae: what is predicted: pixels, normalised within each patch, or histograms of oriented gradients."""
+    mask_ratio: float = 0.75
+    """--task mae: share of the patches that the model does not see."""
+    decoder: tuple[int, int, int] = (8, 512, 16)
+    """--task mae: blocks, width and heads of the decoder, which is thrown away after pre-training."""
+    model_ema: bool = False
+    """Keep an exponential moving average of the weights and evaluate it too."""
+    model_ema_decay: float = 0.9999
+    """Its decay per optimizer step."""
+    channels_last: bool = False
+    """channels_last memory format: faster convolutions on CUDA and, in bf16, on CPU."""
+    compile: bool = False
+    """torch.compile the model, once per input size."""
+
+
+@dataclass(kw_only=True)
+class CurriculumConfig:
+    """curriculum"""
+
+    curriculum: str | dict[str, Any] = "efficienttrain++"
+    """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
+    efficienttrain++-experimental, progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
+    epochs: float = 200
+    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
+    warmup_epochs: float | str = "5%"
+    """Duration of the linear warm-up: 3.7 (epochs of the plan's clock), 20 passes, 20% or 500 steps."""
+    magnitude: Literal["linear", "steps", "constant", "none"] | None = None
+    """RandAugment magnitude; default: the curriculum's (linear; constant for none). none switches RandAugment off."""
+    max_magnitude: float = 9.0
+    """The magnitude at the end, 0 to 10."""
+    operator: Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None = None
+    """How images are reduced to B; default: the curriculum's (efficienttrain fourier, efficienttrain++ lanczos)."""
+    baseline_epochs: float = 300
+    """Ordinary epochs that printed speed-ups compare with."""
+    early_large_batch: bool = False
+    """Larger batches at small sizes, (base/B)^2 rounded to a power of two times --batch_size (ET++ Section 5.3)."""
+    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    """How the learning rate follows a batch enlarged by --early_large_batch."""
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """optimization"""
+
+    batch_size: int = 4096
+    """Images per optimizer step, over all devices; what is learnt depends on it, so it is the recipe's."""
+    micro_batch: int | Literal["auto"] | None = None
+    """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
+    Default: a device's whole share. auto: as many as fit."""
+    forward_batch: dict[int, int] | None = None
+    """Most images of one forward pass, by input size; default: as many groups as cost what one costs at the base size.
+    --micro_batch auto finds them and notes them in config.yaml."""
+    opt: str = "adamw"
+    """Optimizer, by timm's names: adamw, lamb, sgd, ..."""
+    lr: float = 4e-3
+    """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
+    min_lr: float = 1e-6
+    """Learning rate at the end of the cosine."""
+    weight_decay: float = 0.05
+    """Weight decay of matrices; biases, norms and what the model names have none."""
+    weight_decay_end: float | None = None
+    """Weight decay at the end of a cosine; default: constant."""
+    opt_eps: float | None = None
+    """Optimizer's epsilon; default: the optimizer's own."""
+    opt_betas: tuple[float, float] | None = None
+    """Adam's or LAMB's betas; default: (0.9, 0.999)."""
+    momentum: float = 0.9
+    """SGD's momentum."""
+    layer_decay: float = 1.0
+    """Learning rate factor per layer, counted from the head (fine-tuning); 1 is off."""
+    clip_grad: float | None = None
+    """Clip the gradient's global norm, with and without --amp."""
+    amp: Literal["none", "bf16", "fp16"] = "none"
+    """Automatic mixed precision; fp16 comes with a gradient scaler."""
+
+
+@dataclass(kw_only=True)
+class AugmentConfig:
+    """regularization (after RandAugment)"""
+
+    mixup: float = 0.8
+    """Mixup's alpha; 0 is off."""
+    cutmix: float = 1.0
+    """CutMix's alpha; 0 is off."""
+    mixup_prob: float = 1.0
+    """Probability that a group of images is mixed at all."""
+    mixup_switch_prob: float = 0.5
+    """Probability of CutMix when both are on."""
+    smoothing: float = 0.1
+    """Label smoothing."""
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+
+
+GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
+
+
+@dataclass(kw_only=True)
+class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
+    """All settings of a run (a dataclass lists the fields of its last base first)."""

@@ -1,1 +1,0 @@
-"""Searches over curricula and settings: what is tried next. scripts/search.py is their command line."""

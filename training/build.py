@@ -1,0 +1,207 @@
+"""The parts of a run, made from its settings: plan, model, batches, optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.utils import ModelEmaV3
+from torch import nn
+
+from config import Config, UsageError, as_usage, load_curriculum
+from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
+from datasets import Source, TrainSet, training_batches
+from engine import Task, Training
+from inputs.bad_files import BadFiles
+from inputs.device import DeviceAugment, DeviceTransform
+from inputs.finish import Finish
+from inputs.replay import replay_capacity
+from inputs.transforms import TrainTransform
+from models import create_mae, create_model, param_groups
+from training.numerics import NEVER, LossMeter, max_skipped
+from training.tasks import Classification, Reconstruction
+
+
+def make_plan(config: Config, num_images: int, classes: int) -> Plan:
+    """The plan of a run, every size of which the model was seen to take."""
+    with as_usage():
+        with torch.device("meta"):
+            probe = make_model(config, classes, config.input_size)
+        plan = build_plan(
+            load_curriculum(config.curriculum),
+            epochs=config.epochs,
+            num_images=num_images,
+            batch_size=config.batch_size,
+            base_size=config.input_size,
+            size_multiple=probe.size_multiple,
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup=config.warmup_epochs,
+            weight_decay=config.weight_decay,
+            weight_decay_end=config.weight_decay_end,
+            magnitude=config.magnitude,
+            max_magnitude=config.max_magnitude,
+            operator=config.operator,
+            early_large_batch=config.early_large_batch,
+            lr_rule=config.lr_rule,
+            replay=config.replay or (),
+        )
+        check_input_sizes(
+            probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size})
+        )
+    return plan
+
+
+def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
+    options = config.model_args or {}
+    if config.task == "mae":
+        options = {"target": config.mae_target, "mask_ratio": config.mask_ratio, "decoder": config.decoder, **options}
+        return create_mae(config.model, input_size, config.drop_path, **options)
+    return create_model(config.model, classes, input_size, config.drop_path, **options)
+
+
+def number_of_classes(config: Config, source: Source) -> int:
+    """The model's outputs: the data set's classes, or more if --num_classes says so."""
+    found = len(source.classes)
+    if config.num_classes is not None and config.num_classes < found:
+        raise UsageError(f"--num_classes is {config.num_classes} but the data set has {found} classes")
+    return config.num_classes or found
+
+
+def describe_replay(config: Config, plan: Plan) -> list[str]:
+    """What the replay buffer will hold, a line for each stage that has one.
+
+    Raises:
+        UsageError: --replay_memory is more than this machine has.
+    """
+    lines = []
+    for stage in plan.stages:
+        if stage.replay > 1:
+            side = plan.loaded_size(stage.input_size)
+            with as_usage():
+                capacity = replay_capacity(config.replay_memory * 1e9, side)
+            lines.append(
+                f"replay at B {stage.input_size}: one image in {stage.replay} is loaded; in each process the buffer "
+                f"takes up to {config.replay_memory:g} GB ({capacity:,} images)"
+            )
+    return lines
+
+
+def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> CurriculumSampler:
+    """Which images this process trains on, and how an optimizer step is shared out. Raises UsageError."""
+    with as_usage():
+        return CurriculumSampler(
+            plan,
+            seed=config.seed,
+            micro_batch=config.micro_batch,
+            forward_batch=config.forward_batch,
+            rank=rank,
+            world_size=world_size,
+            even_groups=config.mixup > 0 or config.cutmix > 0,
+        )
+
+
+def make_batches(
+    config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
+    on_device = DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
+    data = make_train_set(config, plan, source)
+    return training_batches(data, sampler, device, config.num_workers, on_device, config.replay_memory * 1e9)
+
+
+def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
+    """The training images as the loader's workers make them."""
+    transform = TrainTransform(
+        plan.base_size,
+        plan.operator,
+        RandAugment(),
+        scale=config.crop_scale,
+        flip=config.hflip,
+        pipeline=config.pipeline,
+    )
+    return TrainSet(
+        source,
+        DeviceTransform(transform) if config.augment_on == "device" else transform,
+        BadFiles(config.max_bad, config.output_dir),
+    )
+
+
+def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """fp16's; of constant scale 1 where it only serves to leave out steps that are not finite; else disabled."""
+    if config.amp != "fp16" and config.on_nonfinite == "skip":
+        return torch.amp.GradScaler(device.type, init_scale=1.0)
+    return torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+
+
+def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """timm's optimizer of that name over our parameter groups; the fused or foreach form where there is one."""
+    options: dict[str, Any] = {}
+    if config.opt_eps is not None:
+        options["eps"] = config.opt_eps
+    if config.opt_betas is not None:
+        options["betas"] = config.opt_betas
+    if config.opt in ("adamw", "adam", "sgd"):
+        options["fused"] = True
+    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    try:
+        return create_optimizer_v2(
+            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UsageError(f"--opt {config.opt}: {error}") from None
+
+
+def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
+    """What happens to a batch on the device."""
+    return Finish(
+        num_classes=num_classes,
+        operator=operator,
+        base_size=config.input_size,
+        erasing=config.reprob,
+        mixup=config.mixup,
+        cutmix=config.cutmix,
+        mixup_prob=config.mixup_prob,
+        switch_prob=config.mixup_switch_prob,
+        smoothing=config.smoothing,
+        channels_last=config.channels_last,
+    )
+
+
+def make_task(config: Config, model: nn.Module) -> Task:
+    """What the run learns."""
+    return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
+
+
+def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model: nn.Module, classes: int) -> Training:
+    """All that an optimizer step works on; ``model`` lies on its device and is not wrapped yet.
+
+    Raises:
+        UsageError: an optimizer that cannot be made.
+    """
+    device = next(model.parameters()).device
+    ema = ModelEmaV3(model, decay=config.model_ema_decay) if config.model_ema else None
+    scaler, skip = make_scaler(config, device), config.on_nonfinite == "skip"
+    return Training(
+        model=model,
+        ema=ema,
+        optimizer=make_optimizer(config, model),
+        scaler=scaler,
+        finish=make_finish(config, classes, plan.operator),
+        plan=plan,
+        sampler=sampler,
+        device=device,
+        task=make_task(config, model),
+        loss=LossMeter(device, scaler.is_enabled(), skip, max_skipped(plan) if skip else NEVER),
+        amp=config.amp,
+        clip_grad=config.clip_grad,
+        skip_nonfinite=skip,
+    )
+
+
+def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:
+    """The model on its device, in the memory format asked for."""
+    model.to(device)
+    return model.to(memory_format=torch.channels_last) if channels_last else model

@@ -1,0 +1,213 @@
+"""What the user sees: log.txt (JSON lines), TensorBoard, and the progress line with the ETA of the whole run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import image, scalar
+
+from curriculum import Pass, Plan
+from utils import write_text
+
+
+class RunLog:
+    """``log.txt`` and ``tensorboard/`` in the output folder. With ``folder`` None (other processes) it does nothing.
+
+    A full or broken disk does not end the run: records that could not be written are kept and written with the next.
+
+    Args:
+        folder: the output folder.
+        step, epoch: optimizer steps and epochs done: on resume, later records are cut away; they will come again.
+    """
+
+    def __init__(self, folder: Path | None, step: int, epoch: int) -> None:
+        self.path = folder / "log.txt" if folder else None
+        self.waiting = ""
+        self.board = None
+        if folder is None:
+            return
+        self._cut(epoch)
+        self.board = Board(folder / "tensorboard", step)
+
+    def _cut(self, epoch: int) -> None:
+        records = read_log(self.path) if self.path.exists() else []
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records if record["epoch"] < epoch))
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """Appends one epoch's record and draws its numbers."""
+        if self.path is None:
+            return
+        self.waiting += json.dumps(record) + "\n"
+        try:
+            self._write_waiting()
+        except OSError as error:
+            print(f"warning: {self.path} cannot be written ({error.strerror}); tried again with the next", flush=True)
+        numbers = {key: value for key, value in record.items() if isinstance(value, float | int) and key != "step"}
+        self.board.draw(record["step"], {f"epoch/{key}": value for key, value in numbers.items()})
+
+    def _write_waiting(self) -> None:
+        """All of it or, on an error, nothing: half a line would spoil the next one."""
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            size, content = os.fstat(handle).st_size, self.waiting.encode()
+            try:
+                if os.write(handle, content) < len(content):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                os.ftruncate(handle, size)
+                raise
+        finally:
+            os.close(handle)
+        self.waiting = ""
+
+    def interval(self, step: int, scalars: dict[str, float]) -> None:
+        """Draws the numbers of a log interval."""
+        if self.board is not None:
+            self.board.draw(step, {f"train/{key}": value for key, value in scalars.items()})
+
+    def picture(self, step: int, name: str, pixels: torch.Tensor) -> None:
+        """Shows uint8 (3, H, W) in TensorBoard."""
+        if self.board is not None:
+            self.board.show(step, image(name, pixels.cpu().numpy()))
+
+    def close(self) -> None:
+        """Raises OSError if records are still not written."""
+        if self.path is not None and self.waiting:
+            self._write_waiting()
+
+
+class Board:
+    """TensorBoard curves. Written here and now: tensorboardX's SummaryWriter leaves it to a thread, and blocks the
+    training for ever once that thread has met a full disk."""
+
+    def __init__(self, folder: Path, step: int) -> None:
+        self.writer = None
+        try:
+            folder.mkdir(exist_ok=True)
+            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
+            # Of the run before, TensorBoard hides what comes after the checkpoint.
+            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
+            self.writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def draw(self, step: int, scalars: dict[str, float]) -> None:
+        self.show(step, *(scalar(key, value) for key, value in scalars.items()))
+
+    def show(self, step: int, *summaries: Summary) -> None:
+        if self.writer is None:
+            return
+        try:
+            for summary in summaries:
+                self._write(Event(step=step, summary=summary))
+            self.writer.flush()
+        except OSError as error:
+            self._give_up(error)
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self.writer.write_event(event)
+
+    def _give_up(self, error: OSError) -> None:
+        print(
+            f"warning: no more TensorBoard curves from here on ({error.strerror}); log.txt has the numbers", flush=True
+        )
+        self.writer = None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.txt; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+class Progress:
+    """Measures speed and says when the run will end: each stage has its own speed, measured once it runs.
+
+    A stage that has not run yet is assumed to take time in proportion to its pixels, from the one that ran last.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.seconds_per_step: dict[int, float] = {}  # by stage
+        self.evaluation_seconds = 0.0  # the last evaluation's
+        self.mark()
+
+    def mark(self) -> None:
+        """Starts an interval of training (after anything that is not training)."""
+        self._time, self._steps = time.perf_counter(), 0
+
+    def step(self) -> None:
+        self._steps += 1
+
+    def interval(self, epoch: Pass) -> float:
+        """Ends the interval and starts another. Images per second over all devices."""
+        seconds = max(time.perf_counter() - self._time, 1e-9)
+        speed = self._steps * epoch.batch_size / seconds
+        if self._steps:
+            self.seconds_per_step[epoch.stage] = seconds / self._steps
+        self.mark()
+        return speed
+
+    def eta(self, step: int, epoch: Pass, evaluations_left: float) -> float:
+        """Seconds to the end of the run after ``step`` optimizer steps; infinite before anything was measured."""
+        known = self.seconds_per_step.get(epoch.stage)
+        if known is None:
+            return float("inf")
+        per_pixel = known / (epoch.batch_size * epoch.input_size**2)
+        total = evaluations_left * self.evaluation_seconds
+        for number, stage in enumerate(self.plan.stages):
+            left = stage.first_step + stage.steps - max(step, stage.first_step)
+            if left > 0:
+                guess = per_pixel * stage.batch_size * stage.input_size**2
+                total += left * self.seconds_per_step.get(number, guess)
+        return total
+
+
+def progress_line(
+    plan: Plan, epoch: Pass, step: int, loss: float, lr: float, images_per_s: float, eta: float, device: torch.device
+) -> str:
+    """One line: where the run is, what the network sees, how it does, how fast, and until when."""
+    magnitude = "-" if epoch.magnitude is None else f"{epoch.magnitude:.1f}"
+    return (
+        f"stage {epoch.stage + 1}/{len(plan.stages)}  pass {epoch.index + 1}/{len(plan)}  "
+        f"step {step}/{plan.total_steps} ({100 * plan.progress(step):.1f} %)  B {epoch.input_size}  m {magnitude}  "
+        f"loss {loss:.4f}  lr {lr:.2e}  {images_per_s:,.0f} images/s  mem {memory_gib(device):.1f} GiB  "
+        f"eta {duration_text(eta)}"
+    )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Peak memory: of the device where it tells (CUDA), else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def duration_text(seconds: float) -> str:
+    """75 -> 1:15, 90000 -> 1 d 1:00:00."""
+    if seconds == float("inf"):
+        return "unknown"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
+    return f"{days} d {text}" if days else text

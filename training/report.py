@@ -1,0 +1,285 @@
+"""The run report: report.html beside a run's checkpoints, one page without scripts or links to anything outside it.
+
+Training writes it after every evaluation; ``python scripts/report.py OUTPUT_DIR`` writes it again.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from html import escape
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from PIL import Image
+
+from config import Config
+from curriculum import Plan
+from training.charts import Series, chart, stack
+from training.logs import duration_text, read_log
+
+WIDTH, HEIGHT = 640, 220
+SAMPLES = 8  # images shown of each stage
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f6f4; margin: 0 }
+main { max-width: 1340px; margin: auto; padding: 24px }
+h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px }
+.cards, .grid { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
+.card { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px }
+.card b { display: block; font-size: 20px } .card span { color: #666; font-size: 13px }
+.grid > svg, .plan > svg { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
+table { border-collapse: collapse; background: #fff; border: 1px solid #ddd; font-size: 14px }
+th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums }
+th { color: #666; font-weight: 600 } td.name, th.name { text-align: left }
+figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 }
+img { width: 1000px; max-width: 100%; image-rendering: pixelated }
+details { margin-top: 12px }
+pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto; font-size: 13px }
+"""
+
+
+# ---- what is gathered while a run goes on ------------------------------------------------------------------------
+def plan_picture(plan: Plan) -> str:
+    """Input size, RandAugment magnitude and learning rate against compute (epochs at the base size), as one SVG."""
+    size, magnitude = [], []
+    for epoch in plan:
+        first, last = (plan.equivalent_epochs(step) for step in (epoch.first_step, epoch.first_step + epoch.steps))
+        size += [(first, epoch.input_size), (last, epoch.input_size)]
+        if epoch.magnitude is not None:
+            magnitude += [(first, epoch.magnitude), (last, epoch.magnitude)]
+    steps = {round(plan.total_steps * index / 400) for index in range(400)}
+    for stage in plan.stages:  # both sides of every switch
+        steps |= {stage.first_step, stage.first_step + stage.steps - 1}
+    rate = [(plan.equivalent_epochs(step), plan.lr_at(step)) for step in sorted(steps) if step < plan.total_steps]
+    x = f"compute, epochs at {plan.base_size}"
+    charts = [
+        chart("Input size B", [Series("B", size)], x, "pixels", WIDTH, HEIGHT),
+        chart("RandAugment magnitude", [Series("m", magnitude)], x, "magnitude", WIDTH, HEIGHT, zero=True),
+        chart("Learning rate", [Series("learning rate", rate)], x, "learning rate", WIDTH, HEIGHT, zero=True),
+    ]
+    return stack(charts, WIDTH, HEIGHT)
+
+
+def environment(device: torch.device, processes: int) -> dict[str, str]:
+    """What the run runs on: versions, devices, the state of the code."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    versions = {}
+    for package in ("torch", "torchvision", "timm", "numpy", "PIL", "cv2", "simplejpeg"):
+        versions[package] = str(getattr(sys.modules.get(package), "__version__", "not used"))
+    return {
+        "devices": f"{processes} x {name}",
+        "CPU cores": str(os.cpu_count()),
+        "system": platform.platform(),
+        "Python": platform.python_version(),
+        **versions,
+        "code": _commit(),
+        "command": " ".join(sys.argv),
+    }
+
+
+def _commit() -> str:
+    """The commit of this code, and whether files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not a git checkout"
+
+
+def save_samples(path: Path, images: torch.Tensor) -> None:
+    """Writes the first images (uint8 (N, 3, S, S)) as a row of a PNG."""
+    row = torch.cat(list(images[:SAMPLES].cpu()), dim=2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(row.permute(1, 2, 0).contiguous().numpy()).save(path)
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------
+def write_report(output: Path) -> Path:
+    """Writes ``report.html`` from what lies in the output folder, and returns its path.
+
+    Raises:
+        OSError: ``output`` is no output folder: it has no config.yaml or plan.json.
+    """
+    settings = yaml.safe_load((output / "config.yaml").read_text())
+    plan = json.loads((output / "plan.json").read_text())
+    records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
+    title = f"{settings['model']} · {plan['curriculum']}"
+    sections = [
+        f"<h1>{escape(title)}</h1>",
+        _cards(output, settings, plan, records),
+        "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
+        "<h2>Stages</h2>" + _stages(settings, plan, records),
+        "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
+        "<h2>What the network saw</h2>" + _samples(output, plan),
+        "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
+        "<details><summary>All settings (config.yaml)</summary>"
+        f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
+        "<h2>Environment</h2>" + _environment(output),
+    ]
+    page = (
+        f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+        f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>"
+    )
+    path = output / "report.html"
+    temporary = path.with_name("report.html.tmp")
+    temporary.write_text(page)
+    os.replace(temporary, path)
+    return path
+
+
+def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    done = records[-1]["progress"] if records else 0.0
+    state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
+    base = settings["eval_size"] or plan["base_size"]
+    at_base = [record for record in records if record.get("eval_size") == base]
+    scores = [record[key] for record in at_base for key in ("test_acc1", "test_acc1_ema") if key in record]
+    score = (f"{max(scores):.2f} %" if scores else "–", f"best top-1 at {base} pixels")
+    if settings.get("task") == "mae":
+        score = (f"{at_base[-1]['test_loss']:.4f}" if at_base else "–", f"reconstruction loss at {base} pixels")
+    total = plan["total"]
+    speedup = total["speedup_flops"] or total["speedup_pixels"]
+    cards = [
+        (state, f"{plan['epochs']:g} epochs, {total['steps']:,} optimizer steps"),
+        score,
+        (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs']:g} ordinary epochs"),
+        (duration_text(sum(record["seconds"] for record in records)), "spent on training"),
+    ]
+    if total["params"]:
+        cards.append((f"{total['params'] / 1e6:.1f} M", f"parameters; {total['flops'] / 1e9:.2f} G multiply-adds"))
+    return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+
+
+def _card(value: str, label: str) -> str:
+    return f'<div class="card"><b>{escape(value)}</b><span>{escape(label)}</span></div>'
+
+
+def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    compute = [record["equivalent_epochs"] for record in records]
+    hours = [seconds / 3600 for seconds in accumulate(record["seconds"] for record in records)]
+    x = f"compute, epochs at {plan['base_size']}"
+
+    def lines(names: dict[str, str], places: list[float] = compute) -> list[Series]:
+        drawn = []
+        for key, name in names.items():
+            points = [(place, record[key]) for place, record in zip(places, records) if record.get(key) is not None]
+            if points:
+                drawn.append(Series(name, points))
+        return drawn or [Series("none yet", [])]
+
+    loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
+    accuracy = {"test_acc1": "top-1", "test_acc1_ema": "top-1, average", "test_acc5": "top-5"}
+    throughput = chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True)
+    if settings.get("task") == "mae":
+        return [chart("Reconstruction, at each stage's size", loss, x, "mean squared error", WIDTH, HEIGHT), throughput]
+    return [
+        chart("Loss (of training, on mixed images)", loss, x, "cross entropy", WIDTH, HEIGHT),
+        chart("Accuracy, at each stage's size", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
+        throughput,
+        chart("Accuracy against time", lines(accuracy, hours), "hours of training", "per cent", WIDTH, HEIGHT),
+    ]
+
+
+def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+    """One row for each stage: what was planned, and what was measured so far."""
+    rows, first = [], 0
+    key, head = ("test_loss", "test loss") if settings.get("task") == "mae" else ("test_acc1", "top-1, %")
+    for number, stage in enumerate(plan["stages"], 1):
+        mine = [record for record in records if first < record["step"] <= first + stage["steps"]]
+        first += stage["steps"]
+        seconds, images = (sum(record[key] for record in mine) for key in ("seconds", "images"))
+        scores = [record[key] for record in mine if key in record]
+        rows.append(
+            [
+                number,
+                stage["input_size"],
+                f"{stage['passes']:.1f}",
+                f"{100 * stage['compute']:.1f} %",
+                stage["batch_size"],
+                "–" if stage["forward_passes"] is None else f"{stage['forward_passes']} of {stage['forward_batch']}",
+                f"{100 * images / stage['images']:.0f} %",
+                f"{images / seconds:,.0f}" if seconds else "–",
+                duration_text(seconds) if seconds else "–",
+                f"{mine[-1]['train_loss']:.4f}" if mine else "–",
+                f"{scores[-1]:.{4 if key == 'test_loss' else 2}f}" if scores else "–",
+            ]
+        )
+    heads = [
+        "stage",
+        "B",
+        "passes",
+        "compute",
+        "batch",
+        "forward passes",
+        "done",
+        "images/s",
+        "time",
+        "loss",
+        head,
+    ]
+    return _table(heads, rows)
+
+
+def _samples(output: Path, plan: dict[str, Any]) -> str:
+    figures = []
+    for number, stage in enumerate(plan["stages"], 1):
+        first = stage["magnitude"][0]
+        magnitude = "none" if first is None else format(first, ".1f")
+        about = f"stage {number}: B {stage['input_size']}, magnitude {magnitude}"
+        more = "(first images of the stage, cropped, augmented, erased and mixed)"
+        figures.append(_figure(output / "samples" / f"stage-{number}.png", about, more))
+        answers = "validation images, what the model saw of them, and what it predicted (HOG: below that of the images)"
+        figures.append(_figure(output / "samples" / f"stage-{number}-answers.png", f"stage {number}", answers))
+    return "".join(figures) or "<p>Nothing yet.</p>"
+
+
+def _figure(path: Path, about: str, more: str) -> str:
+    """A picture and what it shows; empty if it is not there."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(path.read_bytes()).decode()
+    return (
+        f'<figure><img alt="{escape(about)}" src="data:image/png;base64,{data}">'
+        f"<figcaption>{escape(about)} {escape(more)}</figcaption></figure>"
+    )
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    defaults = json.loads(json.dumps(asdict(Config())))
+    changed = [
+        [key, json.dumps(value), json.dumps(defaults.get(key))]
+        for key, value in settings.items()
+        if value != defaults.get(key)
+    ]
+    return _table(["setting", "value", "default"], changed, names=3)
+
+
+def _environment(output: Path) -> str:
+    path = output / "environment.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    return _table(["", ""], [[key, value] for key, value in known.items()], names=2)
+
+
+def _table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
+    """``names``: how many of the first columns are text, set to the left."""
+
+    def row(cells: list[Any], tag: str) -> str:
+        kinds = [' class="name"' if index < names else "" for index in range(len(cells))]
+        return (
+            "<tr>" + "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for cell, kind in zip(cells, kinds)) + "</tr>"
+        )
+
+    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""

@@ -1,0 +1,211 @@
+"""A run's state to disk and back: what a checkpoint holds and who reads it; which one a launch resumes from; when one
+is written, and what happens when it cannot be."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config, UsageError
+from config.checks import parse_interval
+from curriculum import Plan
+from engine import Training
+from models import checkpoints
+from utils import Topology, all_sum, from_main, unwrap
+
+MAX_FAILURES = 3  # failed writes in a row after which a run stops: it would otherwise train on with nothing to keep
+
+
+def pack(
+    training: Training,
+    unfinished: int,
+    best: dict[str, Any],
+    meters: dict[str, Any],
+    identity: dict[str, Any],
+    config: Config,
+    classes: Sequence[str],
+) -> dict[str, Any]:
+    """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
+
+    Args:
+        training: weights (under their unwrapped names), moving average, optimizer, scaler and step.
+        unfinished: index of the first pass that is not finished.
+        best: the best evaluation so far.
+        meters: loss and time of the pass in progress, and steps that were skipped.
+        identity: what the run is (:func:`training.identity.identify`).
+        config: all settings, as JSON's types.
+        classes: names of the model's outputs.
+    """
+    model = unwrap(training.model)
+    return {
+        "model": model.state_dict(),
+        "model_ema": training.ema.module.state_dict() if training.ema else None,
+        "optimizer": training.optimizer.state_dict(),
+        "scaler": training.scaler.state_dict(),
+        "step": training.step,
+        "epoch": unfinished,
+        "input_size": model.input_size,
+        "best": best,
+        "meters": meters,
+        "identity": identity,
+        "config": json.loads(json.dumps(asdict(config))),
+        "classes": list(classes),
+    }
+
+
+def restore(state: dict[str, Any], identity: dict[str, Any], training: Training, is_main: bool) -> None:
+    """Fills a run's parts, not wrapped yet, from a checkpoint.
+
+    A moving average that the checkpoint lacks starts from its weights; the state of another optimizer is not taken.
+
+    Raises:
+        BadCheckpoint: the checkpoint does not fit the parts.
+    """
+    try:
+        training.model.load_state_dict(state["model"])
+        if training.ema is not None:
+            training.ema.module.load_state_dict(state["model_ema"] or state["model"])
+        if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
+            training.optimizer.load_state_dict(state["optimizer"])
+        if training.scaler.is_enabled() and state["scaler"]:
+            training.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise checkpoints.BadCheckpoint(
+            f"the checkpoint of step {state['step']} does not fit these settings: {reason}"
+        ) from None
+    training.loss.load(state["meters"], is_main)
+    training.step = training.sampler.start_step = state["step"]
+
+
+def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:
+    """The input size that a checkpoint's weights are for: the one that was trained last."""
+    if state is None:
+        return plan.records[0].input_size
+    return state["input_size"] or plan.locate(max(state["step"] - 1, 0))[0].input_size
+
+
+def checkpoint_to_resume(config: Config, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
+    """The newest good checkpoint in --output_dir that this very command wrote, else --resume's, else None.
+
+    So the same command launched again goes on from what it has done, also when it started from ``--resume``. Without
+    ``--resume`` every checkpoint there counts; ``--auto_resume false`` counts none.
+
+    Raises:
+        UsageError: ``--auto_resume false`` would write over another run's checkpoints.
+        BadCheckpoint: a file that cannot be used, or nothing but such files.
+    """
+    found, error = None, None
+    if topology.is_main:
+        try:
+            found = _choose(config)
+        except ValueError as problem:
+            error = problem
+    # Folders on a network may look different from different machines: one process decides.
+    path, kind, message = from_main((found and str(found[0]), type(error), str(error)))
+    if kind is not type(None):
+        raise kind(message)
+    if path is None:
+        return None
+    if topology.is_main:
+        print(f"resuming from {path}, step {found[1]['step']}", flush=True)
+        return found
+    return Path(path), checkpoints.load(path)
+
+
+def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:
+    output = Path(config.output_dir)
+    if not config.auto_resume:
+        if not config.resume and (there := sorted(output.glob("checkpoint-*.pth"))):
+            raise UsageError(
+                f"--auto_resume false, but {output} holds another run's checkpoints ({there[0].name}, ...): remove "
+                "them or name another --output_dir"
+            )
+    elif output.is_dir():
+        wrote = None if config.resume is None else lambda payload: payload["config"].get("resume") == config.resume
+        found = checkpoints.newest(output, wrote)
+        if found is not None:
+            return found
+    return (Path(config.resume), checkpoints.load(config.resume)) if config.resume else None
+
+
+class Saver:
+    """Writes the checkpoints of a run. Every process calls every method alike; the main one writes.
+
+    Args:
+        output: the output folder.
+        interval: ``--save_interval``: a duration of the plan, or minutes.
+        keep: how many checkpoint-<step>.pth stay.
+        plan, topology: of the run.
+    """
+
+    def __init__(self, output: Path, interval: str | float, keep: int, plan: Plan, topology: Topology) -> None:
+        self.output, self.interval, self.keep, self.plan, self.topology = output, interval, keep, plan, topology
+        self.seconds = parse_interval(interval)
+        self.failures = 0
+        self.newest: tuple[int, int] | None = None  # step and epoch of the last one written
+        self._saved = time.monotonic()
+
+    def due(self, step: int, since: int | None = None) -> bool:
+        """Whether the plan's interval elapsed with ``step``, or after ``since``."""
+        return self.seconds is None and self.plan.due(self.interval, step, since)
+
+    def wanted(self) -> bool:
+        """Whether this process's clock asks for one; the main process's counts, and all have to agree on the step."""
+        return self.seconds is not None and self.topology.is_main and time.monotonic() - self._saved >= self.seconds
+
+    def save(self, make: Callable[[], dict[str, Any]], place: tuple[int, int], best: bool, required: bool) -> None:
+        """Writes checkpoint-last and -<step>, and -best if ``best``.
+
+        Args:
+            make: returns the payload; called by the main process.
+            place: steps done and the first epoch not finished. The same place is written once.
+            required: whether the run ends here, so that a failure cannot be made good later.
+
+        Raises:
+            OSError: on every process, for a failure that was the last of MAX_FAILURES or is ``required``.
+        """
+        self._saved = time.monotonic()
+        if place == self.newest and not best:
+            return
+        reason = ""
+        if self.topology.is_main:
+            try:
+                self._write(make(), place[0], best)
+            except OSError as error:
+                reason = error.strerror or str(error)
+        failed = all_sum(torch.tensor(float(bool(reason)), device=self.topology.device)).item() > 0
+        self.failures = self.failures + 1 if failed else 0
+        if not failed:
+            self.newest = place
+        elif required or self.failures >= MAX_FAILURES:
+            raise OSError(
+                f"the checkpoint of step {place[0]} could not be written to {self.output}"
+                f"{': ' * bool(reason)}{reason}; {self._left()}. Mend the storage and launch the same command again"
+            )
+        elif self.topology.is_main:
+            print(
+                f"warning: the checkpoint of step {place[0]} could not be written to {self.output}: {reason}; "
+                f"{self._left()}. Training goes on; failure {self.failures} of {MAX_FAILURES} in a row",
+                flush=True,
+            )
+
+    def _left(self) -> str:
+        return f"the newest good one is of step {self.newest[0]}" if self.newest else "this run has written none yet"
+
+    def _write(self, payload: dict[str, Any], step: int, best: bool) -> None:
+        # The best one first: a kill between the two leaves it as the newest, to go on from.
+        written = self.output / (checkpoints.BEST if best else checkpoints.LAST)
+        checkpoints.save(written, payload)
+        if best:
+            checkpoints.link(written, self.output / checkpoints.LAST)
+        if self.keep:
+            numbered = self.output / f"checkpoint-{step}.pth"
+            checkpoints.link(written, numbered)
+            checkpoints.prune(self.output, self.keep, trusted=numbered)

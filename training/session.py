@@ -1,0 +1,237 @@
+"""What surrounds the loop of a run: the agreement to stop, the watchdog, progress, checkpoints, the report."""
+
+from __future__ import annotations
+
+import time
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from config import Config
+from curriculum import Pass, Plan, set_input_size
+from datasets import Source
+from engine import Training
+from training.build import make_batches
+from training.logs import Progress, RunLog, duration_text, progress_line
+from training.numerics import NonFinite, snapshot
+from training.report import SAMPLES, save_samples, write_report
+from training.resume import Saver, pack
+from training.watchdog import Watchdog
+from utils import STOPPED, Agreement, Topology, from_main, leave_stop_note, unwrap, wrap
+
+
+@dataclass
+class Session:
+    """The state of a run that the loop in main.py works with; use it as a context.
+
+    Attributes:
+        config, topology, plan: the settings, which process this is, and what to do.
+        sources: training and validation set.
+        training: what the engine works on.
+        agreement: on stopping and saving; it has been listening to signals since the process started.
+        identity: what the run is (:func:`training.identity.identify`), for its checkpoints.
+        state: the checkpoint that the run resumes from, None at the start.
+        first: index of the first pass to train.
+        best: the best evaluation so far.
+        evaluated: indices of the passes that end with an evaluation.
+        batches: training batches for the rest of the run; there once the context is entered.
+    """
+
+    config: Config
+    topology: Topology
+    plan: Plan
+    sources: tuple[Source, Source]
+    training: Training
+    agreement: Agreement
+    identity: dict[str, Any]
+    state: dict[str, Any] | None = None
+    first: int = 0
+    best: dict[str, Any] = field(default_factory=lambda: {"acc1": -1.0})
+
+    def __post_init__(self) -> None:
+        config, plan, topology = self.config, self.plan, self.topology
+        self.output = Path(config.output_dir)
+        spent = 0.0
+        if self.state is not None:
+            self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
+        self.state = None  # a checkpoint is as large as the model with its moments
+        self.started = time.perf_counter()
+        self.pass_started = self.started - spent  # a pass's time counts what was spent on it before a stop
+        self.saver = Saver(self.output, config.save_interval, config.keep_checkpoints, plan, topology)
+        self.save_agreed = False
+        self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
+        self.progress = Progress(plan)
+        self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
+        self.evaluated = [
+            record.index
+            for record in plan
+            if record.index == len(plan) - 1
+            or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
+        ]
+        self.current: Pass | None = None
+
+    def __enter__(self) -> Session:
+        training, topology = self.training, self.topology
+        self.log = RunLog(self.output if topology.is_main else None, training.step, self.first)
+        self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
+        self.watchdog.__enter__()
+        return self
+
+    def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        try:
+            with closing(self.batches):  # ends the loader's workers
+                if isinstance(error, NonFinite):
+                    self._report_nonfinite(error)
+        finally:
+            self.agreement.close()
+            self.watchdog.__exit__(None, None, None)
+        if error is None:
+            self.log.close()
+
+    def _report_nonfinite(self, error: NonFinite) -> None:
+        message = None
+        if self.topology.is_main:
+            message = snapshot(error, self.output, self.training.sampler, self.sources[0])
+        raise NonFinite(from_main(message), error.step) from None
+
+    def enter(self, record: Pass) -> None:
+        """Makes the model ready for a pass: its input size, and at the start of a stage samples for the report."""
+        training, topology = self.training, self.topology
+        model = unwrap(training.model)
+        if record.input_size != model.input_size:
+            training.model = None  # a live data-parallel wrapper would keep its hooks on resized parameters
+            set_input_size(model, record.input_size, training.optimizer, training.ema)
+            training.model = wrap(model, topology, self.config.compile)
+        if topology.is_main and (self.current is None or record.stage != self.current.stage):
+            training.watch = self._save_samples
+        self.current = record
+        self.progress.mark()
+
+    def after_step(self, lr: float, images: int) -> bool:
+        """Progress line, checkpoint, and the agreement to stop. True stops the pass."""
+        step, record, plan = self.training.step, self.current, self.plan
+        self.progress.step()
+        if plan.due(self.config.log_interval, step):
+            loss = self.training.loss.mean()
+            speed = self.progress.interval(record)
+            if self.topology.is_main:
+                left = sum(index >= record.index for index in self.evaluated)
+                eta = self.progress.eta(step, record, left)
+                print(progress_line(plan, record, step, loss, lr, speed, eta, self.topology.device), flush=True)
+                scalars = {"loss": loss, "lr": lr, "input_size": record.input_size, "images_per_s": speed}
+                self.log.interval(step, scalars)
+        if self.stops():
+            return True
+        last = step == record.first_step + record.steps  # then it is saved after the evaluation
+        if not last and (self.save_agreed or self.saver.due(step)):
+            self.save(record.index)
+            self.progress.mark()
+        self.watchdog.beat(f"training, after step {step}")
+        return False
+
+    def after_batch(self) -> bool:
+        """Of an evaluation. True stops it."""
+        self.watchdog.beat(f"evaluating, after step {self.training.step}")
+        return self.poll()
+
+    def stops(self) -> bool:
+        """Whether the run ends here before its plan does: all processes agreed to stop, or --stop_after says so."""
+        return self.poll() or self.end <= self.training.step < self.plan.total_steps
+
+    def poll(self) -> bool:
+        """Whether all processes agreed to stop; that they agreed to save is kept for the next step that can."""
+        stop, save = self.agreement.poll(self.saver.wanted())
+        self.save_agreed = self.save_agreed or save
+        return stop
+
+    def record(self, record: Pass) -> dict[str, Any]:
+        """The log's record of a pass that was trained to its end."""
+        plan, end = self.plan, record.first_step + record.steps
+        loss = self.training.loss.mean()
+        seconds = max(time.perf_counter() - self.pass_started, 1e-9)
+        images = record.steps * record.batch_size
+        return {
+            "epoch": record.index,  # the pass; the key is what other trainers' logs call it
+            "step": end,
+            "progress": plan.progress(end),
+            "equivalent_epochs": plan.equivalent_epochs(end),
+            "input_size": record.input_size,
+            **({} if record.radius is None else {"radius": record.radius}),
+            "magnitude": record.magnitude,
+            "lr": plan.lr_at(end - 1),
+            "train_loss": loss,
+            "images": images,
+            "images_per_s": round(images / seconds, 1),
+            "seconds": round(seconds, 2),
+        }
+
+    def finish(self, line: dict[str, Any]) -> None:
+        """Logs a pass and starts the meters of the next."""
+        self.log.epoch(line)
+        self.training.loss.reset()
+        self.pass_started = time.perf_counter()
+
+    def save_is_due(self, step: int) -> bool:
+        return self.save_agreed or self.saver.due(step)
+
+    def save(self, unfinished: int, better: bool = False, required: bool = False) -> None:
+        """Writes the checkpoint of now.
+
+        Args:
+            unfinished: index of the first pass that is not finished.
+            better: whether it is the best one, too.
+            required: whether the run ends here, so that a failure to write cannot be made good later.
+        """
+        training = self.training
+        training.loss.mean()  # what is not finite is never saved as good
+        meters = {**training.loss.state(), "seconds": time.perf_counter() - self.pass_started}
+        self.watchdog.beat(f"writing the checkpoint of step {training.step}")
+        self.saver.save(
+            lambda: pack(training, unfinished, self.best, meters, self.identity, self.config, self.sources[0].classes),
+            (training.step, unfinished),
+            better,
+            required,
+        )
+        self.save_agreed = False
+        self.watchdog.beat(f"training, after step {training.step}")
+
+    def keep_picture(self, name: str, images: torch.Tensor) -> None:
+        """Writes images (uint8 (N, 3, S, S)) as samples for the report."""
+        try:
+            save_samples(self.output / "samples" / f"{name}.png", images)
+        except OSError as error:
+            print(f"warning: samples for the report could not be written: {error}", flush=True)
+
+    def _save_samples(self, images: torch.Tensor) -> None:
+        """The first images of a stage."""
+        self.training.watch = None
+        self.keep_picture(f"stage-{self.current.stage + 1}", self.training.finish.pixels(images[:SAMPLES]))
+
+    def report(self) -> None:
+        if self.topology.is_main:
+            try:
+                write_report(self.output)
+            except OSError as error:
+                print(f"warning: the report could not be written: {error}", flush=True)
+
+    def stopped(self) -> int:
+        """Says why the run ended before its plan. Returns the exit code."""
+        step = self.training.step
+        if step >= self.end:
+            if self.topology.is_main:
+                print(f"ended after step {step}, as --stop_after says: {self.output}", flush=True)
+            return 0
+        self.report()
+        if self.topology.is_main:
+            leave_stop_note(self.output, step)
+            print(f"stopped by a signal after step {step}; the same command resumes from there", flush=True)
+        return STOPPED
+
+    def done(self) -> int:
+        if self.topology.is_main:
+            best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
+            print(f"done in {duration_text(time.perf_counter() - self.started)}{best}: {self.output}", flush=True)
+        return 0

@@ -1,0 +1,95 @@
+"""Evaluations during a run: at the stage's input size, by the same operator; which one is the best."""
+
+from __future__ import annotations
+
+import copy
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+
+from curriculum import Pass, set_input_size
+from datasets import eval_loader
+from engine import evaluate
+from inputs.transforms import EvalTransform
+from training.report import SAMPLES
+from training.session import Session
+from utils import broadcast_buffers, unwrap
+
+
+def validate(session: Session, record: Pass) -> dict[str, Any] | None:
+    """Evaluates model and moving average at the end of a pass.
+
+    Until the last stage at the stage's input size, then at the base size; with ``--eval_size`` always at that.
+
+    Returns:
+        The log record's fields of an evaluation; None if a signal stopped it.
+    """
+    started = time.perf_counter()
+    config, training, plan, topology = session.config, session.training, session.plan, session.topology
+    final = record.stage == len(plan.stages) - 1
+    size = config.eval_size or (plan.base_size if final else record.input_size)
+    base = config.eval_size or plan.base_size
+    model = unwrap(training.model)
+    broadcast_buffers(model, training.ema)
+    result: dict[str, Any] = {"eval_size": size}
+
+    for suffix, module in (("", model), ("_ema", training.ema.module if training.ema else None)):
+        if module is None:
+            continue
+        if size != record.input_size:  # a copy, for resizing there and back would change the weights
+            module = copy.deepcopy(module)
+            set_input_size(module, size)
+        batch = training.sampler.micro_batch * max(1, int((plan.base_size / size) ** 2))
+        transform = EvalTransform(base, size, plan.operator, config.crop_pct)
+        share = topology.rank, topology.world_size, config.num_workers, topology.device.type == "cuda"
+        loader = eval_loader(session.sources[1], transform, batch, *share)
+        scores = evaluate(
+            module,
+            loader,
+            training.finish,
+            size,
+            topology.device,
+            training.task,
+            config.amp,
+            stop=session.after_batch,
+            radius=record.radius,
+        )
+        if scores is None:
+            return None
+        result["eval_images"] = scores["images"]
+        result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
+        if not suffix:
+            _save_answers(session, record, module, loader.dataset, size)
+    session.progress.evaluation_seconds = time.perf_counter() - started
+    if topology.is_main:
+        scored = f"{training.task.describe(result)}  on {result['eval_images']} images"
+        print(f"evaluation at {size}: {scored}", flush=True)
+    return result
+
+
+def is_better(session: Session, record: Pass, result: dict[str, Any]) -> bool:
+    """Whether an evaluation at the base size (or at --eval_size) beat the best one; if so, it is the best now."""
+    better, size, plan = False, result.get("eval_size"), session.plan
+    as_at_the_end = record.radius == plan.records[-1].radius
+    if size == (session.config.eval_size or plan.base_size) and as_at_the_end:
+        for weights in ("model", "model_ema"):
+            acc1 = result.get("test_acc1" + weights.removeprefix("model"), -1.0)
+            if acc1 > session.best["acc1"]:
+                session.best = {"acc1": acc1, "step": session.training.step, "weights": weights, "eval_size": size}
+                better = True
+    return better
+
+
+def _save_answers(session: Session, record: Pass, model: nn.Module, data: Dataset, size: int) -> None:
+    """How the model answers a few validation images, of different classes, for the report and TensorBoard."""
+    training, count = session.training, min(SAMPLES, len(data))
+    if training.task.picture is None or not session.topology.is_main:
+        return
+    images = torch.stack([data[len(data) * place // count][0] for place in range(count)])
+    images = training.finish.evaluate(images.to(session.topology.device), size, record.radius)
+    picture, name = training.task.picture(model, images, training.finish.pixels), f"stage-{record.stage + 1}"
+    session.keep_picture(f"{name}-answers", picture[None])
+    session.log.picture(training.step, f"pictures/{name}", picture)
