@@ -5,16 +5,17 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import DataConfig, as_usage
+from config.checks import parse_share
+from config.urls import is_url
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
@@ -22,21 +23,27 @@ from inputs.device import DeviceAugment, DeviceTransform
 from inputs.published import PUBLISHED, open_published
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
+from inputs.splits import find_split
+from inputs.summary import describe
+from inputs.tables import read_table
 from inputs.transforms import EvalTransform, TrainTransform, collate
-from inputs.views import Source, hold_out, map_classes
+from inputs.views import Source, hold_out, in_order, map_classes
 
 
-def build_source(config: DataConfig, train: bool) -> Source:
+def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None = None) -> Source:
     """The training or the validation set that the settings name.
+
+    Args:
+        classes: order of the classes, where the data set has exactly these: a checkpoint's.
 
     Raises:
         UsageError: data that is not there, or a validation class that is not in training; names the setting.
     """
     with as_usage():
-        return _build_source(config, train)
+        return _build_source(config, train, classes)
 
 
-def _build_source(config: DataConfig, train: bool) -> Source:
+def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None) -> Source:
     hub = config.data_set.startswith("hfds/")
     if config.data_path is None and not hub:
         raise ValueError("--data_path is not set: name the folder that holds the data set")
@@ -45,24 +52,65 @@ def _build_source(config: DataConfig, train: bool) -> Source:
             f"--data_path {config.data_path} has no use with --data_set {config.data_set}, which is read from where it "
             "lies; --cache_dir keeps what is read"
         )
-    if config.val_per_class:
-        source = hold_out(_open(config, config.train_split), config.val_per_class)[0 if train else 1]
+    if holds_out(config):
+        whole = _open(config, config.train_split, "train")
+        share = None if config.val_share is None else parse_share(config.val_share)
+        source = hold_out(whole, config.val_per_class, share)[0 if train else 1]
     elif train:
-        source = _open(config, config.train_split)
+        source = _open(config, config.train_split, "train")
     else:
         # Labels are those of training, so validation may lack a class but not bring one of its own.
-        alone = config.data_set == "folder" and not (Path(config.data_path) / config.train_split).is_dir()
-        alone = alone or config.data_set in PUBLISHED
-        known = None if alone else _open(config, config.train_split).classes
-        source = _open(config, config.val_split, known)
-    return map_classes(source, config.class_map) if config.class_map else source
+        alone = config.data_set in PUBLISHED
+        if config.data_set == "folder" and config.labels is None and not is_url(config.data_path):
+            folders = [find_split(config.data_path, name, "train") for name in config.train_split.split("+")]
+            alone = None in folders
+        known = None if alone else _open(config, config.train_split, "train").classes
+        source = _open(config, config.val_split, "val", known)
+    source = map_classes(source, config.class_map) if config.class_map else source
+    return in_order(source, classes)
 
 
-def _open(config: DataConfig, split: str, classes: list[str] | None = None) -> Source:
+def describe_data(config: DataConfig, sources: tuple[Source, Source]) -> list[str]:
+    """What was read, in one line, and a warning if validation images cannot be used."""
+    if holds_out(config):
+        amount = f"--val_share {config.val_share}" if config.val_share else f"--val_per_class {config.val_per_class}"
+        how = f"held out by a hash of their paths, {amount}"
+    else:
+        how = f"--val_split {config.val_split}"
+    return [describe(*sources, how), *dropped_line(sources[1])]
+
+
+def dropped_line(source: Source) -> list[str]:
+    """A line that names the validation images that cannot be used; none if there are none."""
+    dropped = getattr(source, "dropped", ())
+    if not dropped:
+        return []
+    return [
+        f"warning: validation images that cannot be used are left out of every evaluation "
+        f"({len(dropped)} of {len(dropped) + len(source)}): {'; '.join(dropped)}"
+    ]
+
+
+def holds_out(config: DataConfig) -> bool:
+    """Whether validation images are a part of the training split."""
+    return config.val_per_class is not None or config.val_share is not None
+
+
+def _open(config: DataConfig, split: str, part: str, classes: list[str] | None = None) -> Source:
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
-    size = int(config.cache_size * 1e9)
-    return open_source(config.data_set, config.data_path, split, classes, config.cache_dir, size)
+    table = read_table(config.labels, config.label_columns, config.label_separator) if config.labels else None
+    return open_source(
+        config.data_set,
+        config.data_path,
+        split,
+        classes,
+        part,
+        table,
+        config.label_key,
+        cache_dir=config.cache_dir,
+        cache_size=int(config.cache_size * 1e9),
+    )
 
 
 class TrainSet(Dataset):

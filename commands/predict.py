@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,12 +16,12 @@ from typing import Any, TextIO
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import Config
 from datasets import loader_options
 from engine import autocast
 from inputs.decode import BadImage
+from inputs.formats import ENDINGS, ending, hidden, listed, readable, sniff
 from inputs.transforms import EvalTransform
 from models import load_weights
 from models.reading import read_weights
@@ -97,12 +98,18 @@ def find_images(where: str) -> list[str]:
         ValueError: there are none.
     """
     if os.path.isdir(where):
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(where)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+        found, left_out = [], Counter()
+        for folder, _, names in os.walk(where):
+            for name in names:
+                path = os.path.join(folder, name)
+                if hidden(name):
+                    continue
+                if os.path.isfile(path) and (ending(name) in ENDINGS or sniff(path) in readable()):
+                    found.append(path)
+                else:
+                    left_out[ending(name)] += 1
+        if left_out:
+            print(f"no images, so left out: {listed(left_out)}", file=sys.stderr)
     else:
         found = [where] if os.path.isfile(where) else [path for path in glob.glob(where) if os.path.isfile(path)]
     if not found:

@@ -46,11 +46,7 @@ def check_settings(config: Config) -> None:
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
-    for name in ("data_path", "eval_data", "train_split", "val_split"):
-        if is_url(value := getattr(config, name)):
-            check_url(value, name)
-    if is_url(config.cache_dir):
-        raise UsageError(f"--cache_dir {redact(config.cache_dir)} is a URL; name a folder on a local disk")
+    _check_data(config)
     if config.task == "mae":
         _check_mae(config)
     parse_interval(config.save_interval)
@@ -58,6 +54,38 @@ def check_settings(config: Config) -> None:
     for name in ("log_interval", "eval_interval"):
         with as_usage():
             parse_duration(getattr(config, name))
+
+
+def _check_data(config: Config) -> None:
+    """Raises UsageError for data settings that contradict each other, and URLs that cannot be used."""
+    for name in ("data_path", "eval_data", "train_split", "val_split"):
+        if is_url(value := getattr(config, name)):
+            check_url(value, name)
+    if is_url(config.cache_dir):
+        raise UsageError(f"--cache_dir {redact(config.cache_dir)} is a URL; name a folder on a local disk")
+    if config.val_share is not None:
+        parse_share(config.val_share)
+        if config.val_per_class is not None:
+            raise UsageError("--val_per_class and --val_share both hold images out: give one of them")
+    if config.labels is None:
+        for name in ("label_columns", "label_separator"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"--{name} is for a table of labels: name it with --labels")
+    elif config.data_set not in ("folder", "tar"):
+        raise UsageError(f"--labels is for --data_set folder and tar; {config.data_set} has labels of its own")
+    if config.label_columns is not None and len(config.label_columns) not in (2, 3):
+        raise UsageError(f"--label_columns is {config.label_columns}: it is [path, label] or [path, label, split]")
+
+
+def parse_share(value: float | str) -> float:
+    """``10%`` or ``0.1`` -> 0.1. Raises UsageError for what is no share between 0 and 1."""
+    try:
+        share = float(value[:-1]) / 100 if isinstance(value, str) and value.endswith("%") else float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UsageError(f"--val_share is {value}: a share lies between 0 and 1, like 10% or 0.1")
+    return share
 
 
 def _check_mae(config: Config) -> None:

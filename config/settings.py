@@ -74,19 +74,32 @@ class DataConfig:
     """data"""
 
     data_set: str = "folder"
-    """folder: class folders; tar: archives of class folders, or WebDataset's shards; parquet: files with an image
-    column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
+    """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; parquet:
+    files with an image column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
     cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
     data_path: str | None = None
     """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
     Credentials come from their usual places, never in the URL."""
     train_split: str = "train"
-    """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
-    imagenet21k_train+imagenet21k_small_classes)."""
+    """Folder (or Hugging Face split) of the training images; train finds Training, seg_train and the like, too. Several
+    are joined by + (ImageNet-22K in its winter21 layout: imagenet21k_train+imagenet21k_small_classes)."""
     val_split: str = "val"
-    """The same of the validation images."""
+    """The same of the validation images; val finds valid, Validation, test, Testing and the like, too."""
     val_per_class: int | None = None
-    """Where there is no validation set: this many images of each class are held out from training."""
+    """Where there is no validation set: about this many images of each class, at most a tenth of it, are held out from
+    training, by a hash of their paths: other images added or removed change nothing."""
+    val_share: float | str | None = None
+    """The same as a share of all images: 10% or 0.1."""
+    labels: str | None = None
+    """Table of the labels of images in a folder or in tar archives: .csv, .tsv, .jsonl, .json or .parquet with a column
+    of paths, one of labels and, if one file serves both, one of splits (train, val). ImageNet's lists of validation
+    labels are found without it."""
+    label_columns: list[str] | None = None
+    """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
+    label_separator: str | None = None
+    """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
+    label_key: str = "label"
+    """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
     cache_dir: str | None = None
     """Local folder that keeps shards of a URL, and their index; several runs may share it. Default: the index goes to
     the user's cache folder, and images are read over the network in every pass."""
@@ -95,7 +108,8 @@ class DataConfig:
     class_map: str | None = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: float = 0.001
-    """Share of training images that may be unreadable (named in bad_files.txt, replaced); beyond it the run stops."""
+    """Share of the images that may be unreadable, but at least 10 files (0: none). Training images are replaced and
+    named in bad_files.txt, validation images found and left out before the first step; beyond it the run stops."""
     num_images: int | None = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
     num_classes: int | None = None

@@ -25,6 +25,11 @@ class Pass:
         start, stop: the stretch of training progress it covers, shares of the plan's clock in [0, 1].
         first_step: optimizer steps of the run before it.
         radius, mixing: of its :class:`~curriculum.presets.Segment`.
+
+    >>> from curriculum import build_plan
+    >>> first = next(iter(build_plan("efficienttrain++", epochs=2, num_images=800, batch_size=8, base_size=64)))
+    >>> first.index, first.input_size, first.steps, first.start
+    (0, 32, 100, 0.0)
     """
 
     index: int

@@ -12,13 +12,13 @@ import fcntl
 import os
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from inputs.open_files import OpenFiles
+
 WHOLE, PART, LOCK = ".shard", ".part", "cache.lock"
-OPEN_FILES = 64
 CHUNK = 8 << 20  # bytes that one request downloads
 BUSY = 300.0  # seconds since its last use for which a shard is in use: some process may be in a pass over it
 TOUCH = 30.0  # seconds after which a process says again that it uses a shard
@@ -48,26 +48,20 @@ class ShardCache:
         self._reset()
 
     def _reset(self) -> None:
-        self._files: OrderedDict[str, int] = OrderedDict()
+        self._files = OpenFiles()
         self._touched: dict[str, float] = {}
         self._full_until = 0.0
         self._thread: threading.Thread | None = None
 
     def read(self, key: str, offset: int, size: int) -> bytes | None:
         """``size`` bytes of a shard; None if it is not here (any more)."""
-        descriptor = self._files.get(key)
-        if descriptor is None:
-            try:
-                descriptor = os.open(self._whole(key), os.O_RDONLY)
-            except OSError:
-                return None
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[key] = descriptor
-        self._files.move_to_end(key)
-        data = os.pread(descriptor, size, offset)
+        try:
+            file = self._files.get(key, self._whole(key))
+        except OSError:
+            return None
+        data = os.pread(file.descriptor, size, offset)
         if len(data) < size:  # evicted, by whichever process
-            os.close(self._files.pop(key))
+            self._files.drop(key)
             return None
         now = time.monotonic()
         if now - self._touched.get(key, -TOUCH) >= TOUCH:
@@ -176,10 +170,6 @@ class ShardCache:
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._reset()
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
 
 
 def _left_behind(part: Path) -> bool:

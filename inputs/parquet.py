@@ -8,23 +8,29 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import os
+import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
 from config.urls import is_url
 from inputs.decode import BadImage
 from inputs.index_file import IndexWriter, Progress, open_or_build
+from inputs.members import label_text
+from inputs.names import hash_of, natural
 from inputs.remote import file_system, retried
 from inputs.shards import LocalShards, Shards, in_threads, index_name, open_shards
+from inputs.splits import USUAL
 
 IMAGE_NAMES, LABEL_NAMES = ("image", "img", "jpg", "jpeg", "png"), ("label", "labels", "class", "cls", "fine_label")
-OPEN_FILES = 16
+OPEN_FILES = 16  # of each thread
+FORMAT = 1  # of what the index holds; others are built again
 ROWS = 8  # decoded at a time: what bounds the memory of a look-up
 
 
@@ -63,9 +69,10 @@ class ParquetIndex:
         except ImportError:
             raise ValueError("Parquet files need a package: pip install pyarrow") from None
         self.shards = open_shards(root, pattern, cache_dir, cache_size)
-        expected = {"shards": self.shards.names, "stamps": self.shards.stamps}
+        self.root, self.cache_dir = self.shards.root, cache_dir
+        expected = {"format": FORMAT, "shards": self.shards.names, "stamps": self.shards.stamps}
         self._index = open_or_build(
-            self.shards.root,
+            self.root,
             index_name(self.shards),
             cache_dir,
             build=lambda file: _write_index(file, self.shards, expected),
@@ -76,8 +83,9 @@ class ParquetIndex:
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
             raise ValueError(f"{root} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
-        self._labels = np.array([self.classes.index(name) for name in names])
-        self._files: OrderedDict[int, Any] = OrderedDict()
+        number = {name: label for label, name in enumerate(self.classes)}
+        self._labels = np.array([number[name] for name in names])
+        self._opened = threading.local()  # readers of files, which no two threads may share
 
     def __len__(self) -> int:
         return len(self._index.arrays[3])
@@ -90,6 +98,29 @@ class ParquetIndex:
         files, groups, starts, _ = self._index.arrays
         k = int(np.searchsorted(starts, i, side="right")) - 1
         return int(files[k]), int(groups[k]), i - int(starts[k])
+
+    def _rows(self) -> Iterator[tuple[str, int]]:
+        """(file, number of rows) of all files."""
+        files, _, starts, labels = self._index.arrays
+        rows = np.diff(np.append(starts, len(labels)))
+        return zip(self.shards.names, np.bincount(files, rows, len(self.shards.names)).astype(int).tolist())
+
+    def relative(self, i: int) -> str:
+        """File of image ``i`` and row in it."""
+        file = self._place(i)[0]
+        return f"{self.shards.names[file]}/{i - int(self._index.arrays[2][self._index.arrays[0] == file][0])}"
+
+    def relatives(self) -> Iterator[bytes]:
+        """All of these, in order."""
+        return (os.fsencode(f"{name}/{row}") for name, rows in self._rows() for row in range(rows))
+
+    def hashes(self) -> np.ndarray:
+        """CRC-32 of these, uint32 (len,)."""
+        return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
+
+    def contents(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of images by kind, and nothing that was left out: as `FolderIndex.contents`."""
+        return {f"rows of {len(self.shards.names):,} Parquet files": len(self)}, {}
 
     def read(self, i: int) -> bytes:
         """Content of image ``i``. Raises as `Shards.read`, and BadImage for a row without one."""
@@ -117,22 +148,26 @@ class ParquetIndex:
         return self._labels[self._index.arrays[3]].astype(np.int32)
 
     def _file(self, k: int):
-        if k not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                self._files.popitem(last=False)
-            self._files[k] = _open(self.shards, k, fill=True)
-        self._files.move_to_end(k)
-        return self._files[k]
+        files = self._opened.__dict__.setdefault("files", OrderedDict())
+        if k not in files:
+            if len(files) >= OPEN_FILES:
+                files.popitem(last=False)
+            files[k] = _open(self.shards, k, fill=True)
+        files.move_to_end(k)
+        return files[k]
 
     def __getstate__(self):
-        return self.__dict__ | {"_files": OrderedDict()}
+        return {key: value for key, value in self.__dict__.items() if key != "_opened"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state, _opened=threading.local())
 
 
-def split_of(root: str | Path, split: str) -> tuple[str, str]:
+def split_of(root: str | Path, split: str, part: str) -> tuple[str, str]:
     """(folder or URL, pattern) of a split's files: a folder or files of its name, at the top or in ``data/``.
 
-    Hugging Face calls a validation split validation, which ``val`` finds too. Its data sets that are not Parquet have
-    a copy that is, in a branch of the same repository, which is looked at last.
+    The default name of ``part`` ("train" or "val") stands for the usual ones (validation, test). Hugging Face's data
+    sets that are not Parquet have a copy that is, in a branch of the same repository, which is looked at last.
 
     Raises:
         ValueError: there are none; says where they were looked for.
@@ -144,7 +179,7 @@ def split_of(root: str | Path, split: str) -> tuple[str, str]:
         places.append(f"{root}@~parquet/default")
     for place in places:
         listing = _list_below(place)
-        for name in [split] + ["validation"] * (split == "val"):
+        for name in (split, *(USUAL[part] if split == part else ())):
             for folder, pattern in (
                 (name, "*.parquet"),
                 ("", f"{name}.parquet"),
@@ -212,8 +247,9 @@ def _write_index(file: BinaryIO, shards: Shards, expected: dict) -> None:
             raise ValueError(f"{shards.root} has a label {wrong[0]} that is not one of its {len(names)} classes")
         classes, rank = names, np.array([int(value) for value in number])
     else:
-        classes = sorted(number, key=int) if all(name.isdigit() for name in number) else sorted(number)
-        rank = np.array([classes.index(name) for name in number])
+        classes = natural(number)
+        place = {name: label for label, name in enumerate(classes)}
+        rank = np.array([place[name] for name in number])
     labels = array("q", rank[np.array(labels)].tobytes())
     meta = {**expected, "classes": classes, "image": columns.image}
     IndexWriter(file).finish([files, groups, starts, labels], meta)
@@ -225,10 +261,10 @@ def _scan(shards: Shards, k: int) -> tuple[Columns, list[int], list[str]]:
     columns = _columns(file.schema_arrow, shards.name(k))
     sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     values = file.read(columns=[columns.label], use_threads=False).column(0).to_pylist()
-    missing = next((row for row, value in enumerate(values) if value is None), None)
-    if missing is not None:
-        raise ValueError(f"{shards.name(k)}: row {missing} has no label in column {columns.label}")
-    return columns, sizes, [str(value) for value in values]
+    values = [label_text(value) for value in values]
+    if None in values:
+        raise ValueError(f"{shards.name(k)}: row {values.index(None)} has no label in column {columns.label}")
+    return columns, sizes, values
 
 
 def _columns(schema, where: str) -> Columns:

@@ -19,6 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from config.urls import check_url, is_url, redact
 from inputs.decode import BadImage
+from inputs.formats import hidden
 from utils import Unreachable
 
 Result = TypeVar("Result")
@@ -203,9 +204,12 @@ class RemoteShards:
         try:
             entries = retried(lambda: fs.ls(path, detail=True), self.root)
         except (FileNotFoundError, NotADirectoryError):
-            raise ValueError(f"--data_path: there is nothing at {self.root}") from None
+            raise ValueError(
+                f"--data_path: there is nothing at {self.root}: name the folders with --train_split and --val_split "
+                "('.' for shards in --data_path itself), or hold training images out with --val_share 10%"
+            ) from None
         found = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
-        names = sorted(name for name in found if fnmatch.fnmatch(name, pattern) and not name.startswith("."))
+        names = sorted(name for name in found if fnmatch.fnmatch(name, pattern) and not hidden(name))
         return names, [_stamp(found[name], f"{self.root}/{name}") for name in names]
 
     def _look_at(self, names: list[str]) -> list[list]:

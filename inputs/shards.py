@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,11 +11,12 @@ from typing import BinaryIO, Protocol, TypeVar
 
 from config.urls import is_url
 from inputs.decode import BadImage
+from inputs.formats import hidden
 from inputs.index_file import INDEX_NAME
+from inputs.open_files import OpenFiles
 from inputs.remote import RemoteShards
 
 Result = TypeVar("Result")
-OPEN_FILES = 64
 
 
 class Shards(Protocol):
@@ -39,7 +39,7 @@ class Shards(Protocol):
 
 
 class LocalShards:
-    """The files ``root/pattern`` (or the one file ``root``); names that start with a dot are left out.
+    """The files ``root/pattern`` (or the one file ``root``), but for hidden ones.
 
     Raises:
         ValueError: there is none.
@@ -52,15 +52,16 @@ class LocalShards:
         self.root, self.which = (path.parent, path.name) if path.is_file() else (path, pattern)
         self.root = os.fspath(self.root)
         found = [path] if path.is_file() else [p for p in path.glob(pattern) if p.is_file()]
-        self.names = sorted(p.name for p in found if not p.name.startswith("."))
+        self.names = sorted(p.name for p in found if not hidden(p.name))
         if not self.names:
             raise ValueError(f"--data_path: there is no {pattern} in {path}")
         status = [os.stat(self.name(k)) for k in range(len(self.names))]
         self.stamps = [[each.st_size, each.st_mtime_ns] for each in status]
-        self._files: OrderedDict[int, int] = OrderedDict()
+        self._files = OpenFiles()
 
     def read(self, k: int, offset: int, size: int) -> bytes:
-        data = os.pread(self._descriptor(k), size, offset)
+        file = self._files.get(k, self.name(k))
+        data = os.pread(file.descriptor, size, offset)
         if len(data) < size:
             raise BadImage(f"the file is cut short: {len(data)} of {size} bytes")
         return data
@@ -70,22 +71,6 @@ class LocalShards:
 
     def name(self, k: int) -> str:
         return os.path.join(self.root, self.names[k])
-
-    def _descriptor(self, k: int) -> int:
-        """An open file; `os.pread` needs no position, so forked workers may share it."""
-        if k not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[k] = os.open(self.name(k), os.O_RDONLY)
-        self._files.move_to_end(k)
-        return self._files[k]
-
-    def __getstate__(self):
-        return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
 
 
 def open_shards(

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import re
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -20,6 +20,7 @@ import numpy as np
 from torch.utils.data import get_worker_info
 
 from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
+from inputs.names import hash_of
 
 AT_ONCE = 1000  # records whose labels are asked for
 
@@ -45,10 +46,11 @@ class TensorFlowData:
         features = builder.info.features
         self._image, self._label = (_one(features, kind, name) for kind in ("Image", "ClassLabel"))
         files = sorted({each.filename for each in builder.info.splits[split].file_instructions})
-        stamps = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
-        expected = {"split": split, "files": [os.path.basename(file) for file in files], "stamps": stamps}
+        self.root, self.cache_dir = os.fspath(builder.data_dir), None
+        self.stamps = [[status.st_size, status.st_mtime_ns] for status in map(os.stat, files)]
+        expected = {"split": split, "files": [os.path.basename(file) for file in files], "stamps": self.stamps}
         self._index = open_or_build(
-            os.fspath(builder.data_dir),
+            self.root,
             f"{INDEX_NAME}_{re.sub(r'[^A-Za-z0-9._-]', '_', split)}",
             None,
             build=lambda file: self._write_index(file, expected),
@@ -72,6 +74,22 @@ class TensorFlowData:
 
     def name(self, i: int) -> str:
         return f"tfds/{self._name}: image {i} of {self._split}"
+
+    def relative(self, i: int) -> str:
+        """Split and number of image ``i``."""
+        return f"{self._split}/{i}"
+
+    def relatives(self) -> Iterator[bytes]:
+        """All of these, in order."""
+        return (self.relative(i).encode() for i in range(len(self)))
+
+    def hashes(self) -> np.ndarray:
+        """CRC-32 of these, uint32 (len,)."""
+        return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
+
+    def contents(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of images by kind, and nothing that was left out: as `FolderIndex.contents`."""
+        return {f"records of split {self._split}": len(self)}, {}
 
     def label(self, i: int) -> int:
         return int(self._labels[self._index.arrays[0][i]])

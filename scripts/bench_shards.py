@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import inputs.tar
 from curriculum.augment import RandAugment
 from inputs.cache import WHOLE
+from inputs.members import Member, Scan
 from inputs.tar import TarIndex
 from inputs.transforms import TrainTransform
 
@@ -92,10 +93,12 @@ def bookkeeping(root: Path, members: int) -> dict:
     (root / "train").mkdir(parents=True)
     for k in range(shards):
         (root / f"train/{k:06d}.tar").touch()
-    inputs.tar._scan = lambda source, k: [
-        (1024 + j * 112_128, 110_000, f"{(k * PER_SHARD + j) % 21_841:05d}")
-        for j in range(min(PER_SHARD, members - k * PER_SHARD))
-    ]
+    inputs.tar.scan = lambda source, k, **_: Scan(
+        [
+            Member(1024 + j * 112_128, 110_000, f"{(k * PER_SHARD + j) % 21_841:05d}/{k * PER_SHARD + j:08d}.jpg")
+            for j in range(min(PER_SHARD, members - k * PER_SHARD))
+        ]
+    )
     grown = []
     for _ in range(2):  # the first time writes the index, the second is what is measured
         with multiprocessing.get_context("fork").Pool(1) as pool:
@@ -125,7 +128,7 @@ def look_up(root: Path) -> tuple[float, float]:
     rng = random.Random(0)
     for _ in range(LOOKUPS):
         i = rng.randrange(len(index))
-        shard, offset, _, _ = index._entry(i)
+        shard, offset, _ = index._entry(i)
         index.label(i)
         if index.shards.cache.read(index.shards.keys[shard], offset, 1) is None:
             raise SystemExit(f"error: image {i} is not in the cache")

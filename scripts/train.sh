@@ -11,7 +11,7 @@
 #
 # Examples:
 #   scripts/train.sh recipes/demo.yaml --data_path data/demo --output_dir output/demo
-#   scripts/train.sh recipes/in1k/convnext_tiny.yaml --nnodes 2 --node_rank 0 --master node0:29500 --data_path /imagenet
+#   scripts/train.sh recipes/in1k/convnext_tiny_etpp200.yaml --nnodes 2 --node_rank 0 --master node0:29500 --data_path /imagenet
 set -euo pipefail
 
 usage() {

@@ -89,7 +89,7 @@ def test_a_second_signal_changes_nothing(folder, tmp_path, undisturbed):
     """To the process while it saves, and to its loader processes too, as a cluster does."""
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **SETTINGS)
     stop = partial(call_before, "training.session:Session.after_step", signal_group, TERM, count=5)
-    again = partial(call_before, "checkpoints.os.replace", signal_group, TERM, USR1, TERM, count=12)
+    again = partial(call_before, "models.checkpoints:os.replace", signal_group, TERM, USR1, TERM, count=12)
     first = Program(argv, tmp_path / "first", fault=partial(several, stop, again))
     assert first.wait() == 75, first.output
     assert first.output.count("SIGTERM: saving") == 1
@@ -238,7 +238,7 @@ def test_a_process_that_hangs_is_reported_with_rank_host_and_place(folder, tmp_p
 def test_an_evaluation_alone_that_hangs(folder, tmp_path, main_program):
     assert main_program(flags(output_dir=tmp_path / "run", data_path=folder, epochs=1)) == 0
     argv = flags(data_path=folder, eval=True, resume=tmp_path / "run" / "checkpoint-last.pth", timeout=0.05)
-    hang = partial(call_before, "inputs.transforms.EvalTransform.__call__", time.sleep, 1000, count=9)
+    hang = partial(call_before, "inputs.transforms:EvalTransform.__call__", time.sleep, 1000, count=9)
     program = Program(argv, tmp_path / "log", fault=hang)
     assert program.wait(60) == 1
     assert "error: [rank 0 of 1 on " in program.output and "while evaluating" in program.output

@@ -56,7 +56,7 @@ def test_shards_at_a_url(monkeypatch, capfd):
     monkeypatch.syspath_prepend(ROOT / "scripts")
     bench_shards = importlib.import_module("bench_shards")
     monkeypatch.setattr(bench_shards, "LOOKUPS", 2000)
-    monkeypatch.setattr("inputs.tar._scan", importlib.import_module("inputs.tar")._scan)  # which it replaces
+    monkeypatch.setattr("inputs.tar.scan", importlib.import_module("inputs.tar").scan)  # which it replaces
     result = bench_shards.run(argparse.Namespace(images=4, members=30_000, repetitions=1))
     assert result["cached_to_local"] > 0 and result["index_mb"] == pytest.approx(30_000 * 32 / 1e6, rel=0.5)
     assert result["private_mb"] < 50 and "look-ups" in capfd.readouterr().out

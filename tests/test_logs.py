@@ -186,7 +186,7 @@ def test_progress_line():
     plan = build_plan("efficienttrain++", epochs=10, num_images=100, batch_size=10)
     epoch = plan.records[1]
     line = progress_line(plan, epoch, 15, 2.5, 1.5e-3, 1234.5, 3725, torch.device("cpu"))
-    for part in ("stage 1/3", f"epoch 2/{len(plan)}", f"step 15/{plan.total_steps}", "B 96", "loss 2.5000"):
+    for part in ("stage 1/3", f"pass 2/{len(plan)}", f"step 15/{plan.total_steps}", "B 96", "loss 2.5000"):
         assert part in line
     for part in (f"m {epoch.magnitude:.1f}", "lr 1.50e-03", "1,234 images/s", "GiB", "eta 1:02:05"):
         assert part in line

@@ -111,6 +111,13 @@ def plan_of(config: Config):
     )
 
 
+def test_every_row_is_found_by_its_id():
+    """``grep -r ID recipes``: in a recipe, or in the list of runs in a recipe's head."""
+    text = " ".join((ROOT / name).read_text() for name in RECIPES)
+    known = set(re.findall(r"[^\s,\[\]#]+", text))
+    assert [row for row in PAPERS if row not in known] == []
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_settings_and_stages_are_the_rows(name):
     check_settings_and_stages(resolve(name))

@@ -93,7 +93,7 @@ def test_output_folder(train, main_program, folder, plan, capsys):
     assert settings["seed"] == 3 and settings["output_dir"] == str(run.output)
 
     assert "curriculum efficienttrain++" in printed  # the table comes first
-    assert printed.count("  epoch ") == plan.total_steps // 4  # progress lines
+    assert printed.count("  pass ") == plan.total_steps // 4  # progress lines
     assert "evaluation at 48" in printed and "evaluation at 64" in printed
 
 

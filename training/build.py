@@ -145,7 +145,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         options["betas"] = config.opt_betas
     if config.opt in ("adamw", "adam", "sgd"):
         options["fused"] = True
-    groups = param_groups(model, config.weight_decay, config.layer_decay)
+    with as_usage():
+        groups = param_groups(model, config.weight_decay, config.layer_decay)
     try:
         return create_optimizer_v2(
             groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options

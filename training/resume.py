@@ -17,6 +17,7 @@ from config.checks import parse_interval
 from curriculum import Plan
 from engine import Training
 from models import checkpoints
+from models.reading import read_weights
 from utils import Topology, all_sum, from_main, unwrap
 
 MAX_FAILURES = 3  # failed writes in a row after which a run stops: it would otherwise train on with nothing to keep
@@ -30,6 +31,7 @@ def pack(
     identity: dict[str, Any],
     config: Config,
     classes: Sequence[str],
+    images: dict[str, Any],
 ) -> dict[str, Any]:
     """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
 
@@ -41,6 +43,8 @@ def pack(
         identity: what the run is (:func:`training.identity.identify`).
         config: all settings, as JSON's types.
         classes: names of the model's outputs.
+        images: of the training and the validation images, what tells whether they are others
+            (:func:`inputs.views.fingerprint`).
     """
     model = unwrap(training.model)
     return {
@@ -56,6 +60,7 @@ def pack(
         "identity": identity,
         "config": json.loads(json.dumps(asdict(config))),
         "classes": list(classes),
+        "images": images,
     }
 
 
@@ -117,6 +122,16 @@ def checkpoint_to_resume(config: Config, topology: Topology) -> tuple[Path, dict
         print(f"resuming from {path}, step {found[1]['step']}", flush=True)
         return found
     return Path(path), checkpoints.load(path)
+
+
+def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> list[str] | None:
+    """The order of the classes that the weights to start from know: those of the checkpoint; None if it has none.
+
+    Other versions of this project, and other programs, sort class names in another way.
+    """
+    if found is not None:
+        return found[1].get("classes")
+    return read_weights(config.finetune).get("classes") if config.finetune else None
 
 
 def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:

@@ -14,6 +14,8 @@ from config import Config
 from curriculum import Pass, Plan, set_input_size
 from datasets import Source
 from engine import Training
+from inputs.bad_files import FILE_NAME, BadFiles
+from inputs.views import fingerprint
 from training.build import make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
@@ -71,6 +73,8 @@ class Session:
             if record.index == len(plan) - 1
             or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
         ]
+        parts = zip(("train", "val"), self.sources) if topology.is_main else ()
+        self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
@@ -190,7 +194,16 @@ class Session:
         meters = {**training.loss.state(), "seconds": time.perf_counter() - self.pass_started}
         self.watchdog.beat(f"writing the checkpoint of step {training.step}")
         self.saver.save(
-            lambda: pack(training, unfinished, self.best, meters, self.identity, self.config, self.sources[0].classes),
+            lambda: pack(
+                training,
+                unfinished,
+                self.best,
+                meters,
+                self.identity,
+                self.config,
+                self.sources[0].classes,
+                self.images,
+            ),
             (training.step, unfinished),
             better,
             required,
@@ -233,5 +246,8 @@ class Session:
     def done(self) -> int:
         if self.topology.is_main:
             best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
-            print(f"done in {duration_text(time.perf_counter() - self.started)}{best}: {self.output}", flush=True)
+            bad = len(BadFiles(folder=self.output).recorded())
+            replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
+            took = duration_text(time.perf_counter() - self.started)
+            print(f"done in {took}{best}{replaced}: {self.output}", flush=True)
         return 0
