@@ -59,7 +59,7 @@ def test_rows_by_number(data):
             assert opened.read(i) == jpeg(i % 3, i) and opened.label(i) == i % 3
     assert source.labels().tolist() == [k % 3 for k in range(60)]
     assert source.name(17).endswith("train-00001-of-00005.parquet row 1 of group 1")
-    val = open_source("parquet", data, "val", source.classes)
+    val = open_source("parquet", data, "val", source.classes, part="val")
     assert len(val) == 12 and val.read(3) == jpeg(0, 63)
     with pytest.raises(IndexError):
         source.read(60)
