@@ -58,5 +58,5 @@ def test_shards_at_a_url(monkeypatch, capfd):
     monkeypatch.setattr(bench_shards, "LOOKUPS", 2000)
     monkeypatch.setattr("inputs.tar.scan", importlib.import_module("inputs.tar").scan)  # which it replaces
     result = bench_shards.run(argparse.Namespace(images=4, members=30_000, repetitions=1))
-    assert result["cached_to_local"] > 0 and result["index_mb"] == pytest.approx(30_000 * 32 / 1e6, rel=0.5)
+    assert result["cached_to_local"] > 0 and result["index_mb"] == pytest.approx(30_000 * 65 / 1e6, rel=0.2)
     assert result["private_mb"] < 50 and "look-ups" in capfd.readouterr().out
