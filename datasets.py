@@ -5,16 +5,16 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from multiprocessing.util import Finalize
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import DataConfig, as_usage
+from config.checks import parse_share
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
@@ -22,41 +22,82 @@ from inputs.device import DeviceAugment, DeviceTransform
 from inputs.published import PUBLISHED, open_published
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity
+from inputs.splits import find_split
+from inputs.summary import describe
+from inputs.tables import read_table
+from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
-from inputs.views import Source, hold_out, map_classes
+from inputs.views import Source, hold_out, in_order, map_classes
 from utils import STOP_SIGNALS
 
+PREFETCH = 2e9  # bytes of batches that a process's loader workers hold ready, unless one batch of each is more
 
-def build_source(config: DataConfig, train: bool) -> Source:
+
+def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None = None) -> Source:
     """The training or the validation set that the settings name.
+
+    Args:
+        classes: order of the classes, where the data set has exactly these: a checkpoint's.
 
     Raises:
         UsageError: data that is not there, or a validation class that is not in training; names the setting.
     """
     with as_usage():
-        return _build_source(config, train)
+        return _build_source(config, train, classes)
 
 
-def _build_source(config: DataConfig, train: bool) -> Source:
+def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None) -> Source:
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise ValueError("--data_path is not set: name the folder that holds the data set")
-    if config.val_per_class:
-        source = hold_out(_open(config, config.train_split), config.val_per_class)[0 if train else 1]
+    if holds_out(config):
+        whole = _open(config, config.train_split, "train")
+        share = None if config.val_share is None else parse_share(config.val_share)
+        source = hold_out(whole, config.val_per_class, share)[0 if train else 1]
     elif train:
-        source = _open(config, config.train_split)
+        source = _open(config, config.train_split, "train")
     else:
         # Labels are those of training, so validation may lack a class but not bring one of its own.
-        alone = config.data_set == "folder" and not (Path(config.data_path) / config.train_split).is_dir()
-        alone = alone or config.data_set in PUBLISHED
-        known = None if alone else _open(config, config.train_split).classes
-        source = _open(config, config.val_split, known)
-    return map_classes(source, config.class_map) if config.class_map else source
+        alone = config.data_set in PUBLISHED
+        if config.data_set == "folder" and config.labels is None:
+            folders = [find_split(config.data_path, name, "train") for name in config.train_split.split("+")]
+            alone = None in folders
+        known = None if alone else _open(config, config.train_split, "train").classes
+        source = _open(config, config.val_split, "val", known)
+    source = map_classes(source, config.class_map) if config.class_map else source
+    return in_order(source, classes)
 
 
-def _open(config: DataConfig, split: str, classes: list[str] | None = None) -> Source:
+def describe_data(config: DataConfig, sources: tuple[Source, Source]) -> list[str]:
+    """What was read, in one line, and a warning if validation images cannot be used."""
+    if holds_out(config):
+        amount = f"--val_share {config.val_share}" if config.val_share else f"--val_per_class {config.val_per_class}"
+        how = f"held out by a hash of their paths, {amount}"
+    else:
+        how = f"--val_split {config.val_split}"
+    return [describe(*sources, how), *dropped_line(sources[1])]
+
+
+def dropped_line(source: Source) -> list[str]:
+    """A line that names the validation images that cannot be used; none if there are none."""
+    dropped = getattr(source, "dropped", ())
+    if not dropped:
+        return []
+    return [
+        f"warning: validation images that cannot be used are left out of every evaluation "
+        f"({len(dropped)} of {len(dropped) + len(source)}): {'; '.join(dropped)}"
+    ]
+
+
+def holds_out(config: DataConfig) -> bool:
+    """Whether validation images are a part of the training split."""
+    return config.val_per_class is not None or config.val_share is not None
+
+
+def _open(config: DataConfig, split: str, part: str, classes: list[str] | None = None) -> Source:
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
-    return open_source(config.data_set, config.data_path, split, classes)
+    table = read_table(config.labels, config.label_columns, config.label_separator) if config.labels else None
+    return open_source(config.data_set, config.data_path, split, classes, part, table, config.label_key)
 
 
 class TrainSet(Dataset):
@@ -118,9 +159,14 @@ def training_batches(
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
-    loader = iter(
-        DataLoader(data, batch_sampler=reading, collate_fn=collate, **loader_options(workers, device.type == "cuda"))
+    batch_bytes = max(
+        len(groups) * sampler.micro_batch // epoch.replay * 3 * side**2
+        for epoch in plan
+        for groups in sampler.forward_passes(epoch)
+        for side in [plan.base_size if augment is not None else plan.loaded_size(epoch.input_size)]
     )
+    options = loader_options(workers, device.type == "cuda", batch_bytes)
+    loader = iter(DataLoader(data, batch_sampler=reading, collate_fn=collate, **options))
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
             for groups in sampler.forward_passes(epoch):
@@ -133,7 +179,7 @@ def training_batches(
                     batch = buffer.extend(batch, seeds, epoch.replay, epoch.stage)
                 images, targets, *choices = batch
                 if augment is not None:
-                    images = augment(images.to(device, non_blocking=True), choices[0], epoch.input_size)
+                    images = augment(to_device(images, device), choices[0], epoch.input_size)
                 yield images, targets
 
 
@@ -141,20 +187,27 @@ def eval_loader(
     source: Source, transform: EvalTransform, batch_size: int, rank: int, world_size: int, workers: int, pin: bool
 ) -> DataLoader:
     """Every ``world_size``-th image from ``rank`` on: over all processes each image once, none twice."""
+    workers = min(workers, -(-len(source) // (batch_size * world_size)))
+    side = transform.base_size if transform.operator == "fourier" else transform.size
     return DataLoader(
         EvalSet(source, transform),
         batch_size=batch_size,
         sampler=range(rank, len(source), world_size),
-        **loader_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
+        **loader_options(workers, pin, batch_size * 3 * side**2),
     )
 
 
-def loader_options(workers: int, pin: bool) -> dict[str, Any]:
-    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals."""
+def loader_options(workers: int, pin: bool, batch_bytes: int) -> dict[str, Any]:
+    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals.
+
+    Args:
+        batch_bytes: of the largest batch. What is loaded ahead, and page-locked with ``pin``, is bounded by PREFETCH.
+    """
     # Its own generator: starting workers must not draw from the one that drop path uses.
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
     if workers:
-        options.update(prefetch_factor=4, worker_init_fn=_start_worker)
+        ahead = max(1, min(4, int(PREFETCH // (workers * batch_bytes))))
+        options.update(prefetch_factor=ahead, worker_init_fn=_start_worker)
         _end_workers_at_exit()
     return options
 
@@ -162,10 +215,11 @@ def loader_options(workers: int, pin: bool) -> dict[str, Any]:
 @cache
 def _end_workers_at_exit() -> None:
     """Loader workers that an error left behind ignore the signal by which Python, at its exit, would end them."""
-    Finalize(None, _kill_children, exitpriority=10)
+    Finalize(None, kill_workers, exitpriority=10)
 
 
-def _kill_children() -> None:
+def kill_workers() -> None:
+    """Ends this process's loader workers at once, whatever they are doing."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
+
+from config.command_line import parse_config, parse_stated
+
+if __name__ == "__main__" and "RANK" not in os.environ:
+    parse_config(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
+
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -23,11 +31,11 @@ from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
 from config.checks import check_settings
-from config.command_line import given, read_config
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
-from datasets import build_source
+from datasets import build_source, describe_data
 from engine import train_epoch
+from inputs.readable import drop_unreadable
 from models import checkpoints, freeze_body, load_weights
 from models.check import check_trainable
 from training.build import (
@@ -43,7 +51,7 @@ from training.identity import check_same_run, identify
 from training.numerics import NonFinite
 from training.one_writer import OneWriter
 from training.report import environment, plan_picture
-from training.resume import History, adopt, checkpoint_to_resume, restore, size_of_weights
+from training.resume import History, adopt, checkpoint_to_resume, class_order, restore, size_of_weights
 from training.session import Session
 from training.stopping import Agreement, end_with_launcher, stays_stopped
 from training.validation import is_better, validate
@@ -52,10 +60,12 @@ from utils import (
     Topology,
     close_topology,
     die,
+    end_now,
     explain,
     init_topology,
     prepare_streams,
     printing_never_fails,
+    world_size,
     wrap,
     write_text,
 )
@@ -105,14 +115,19 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
     if stays_stopped(output, topology):
         return None
 
-    # The data and the plan
-    sources = build_source(config, train=True), build_source(config, train=False)
-    classes = number_of_classes(config, sources[0])
-    plan = make_plan(config, len(sources[0]), classes)
-
     # The checkpoint to resume from
     found = checkpoint_to_resume(config, topology)
+    order = class_order(config, found)
+
+    # The data and the plan
+    sources = build_source(config, True, order), build_source(config, False, order)
+    classes = number_of_classes(config, sources[0])
+    plan = make_plan(config, len(sources[0]), classes)
     identity = identify(config, plan, sources, classes)
+    with as_usage():
+        sources = sources[0], drop_unreadable(sources[1], config.max_bad)
+    if topology.is_main:
+        print("\n".join(describe_data(config, sources)), flush=True)
     state = None
     if found is not None:
         path, state = found
@@ -216,34 +231,43 @@ def run(config: Config, said: set[str]) -> int:
     if config.suggest:
         return write_suggestion(config, said)
     end_with_launcher()
-    topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
-    try:
-        if config.doctor:
-            return diagnose(config, topology)
-        if config.predict is not None:
-            return predict(config, said, topology)
-        if config.eval:
-            return evaluate_weights(config, topology)
-        with printing_never_fails():
-            return train(config, topology)
-    finally:
-        close_topology()
+    topology = init_topology(config.device, config.deterministic, config.tf32, timedelta(minutes=config.timeout))
+    if config.doctor:
+        return diagnose(config, topology)
+    if config.predict is not None:
+        return predict(config, said, topology)
+    if config.eval:
+        return evaluate_weights(config, topology)
+    with printing_never_fails():
+        return train(config, topology)
 
 
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     prepare_streams()
     try:
-        return run(read_config(argv), given(argv))
-    except UsageError as error:
-        return die(error, 2)
+        code = run(*parse_stated(argv))
+        close_topology()
+        return code
     except KeyboardInterrupt:
-        return die("interrupted", 130)
+        code = die("interrupted", 130)
     except Exception as error:
-        message = explain(error)
-        if message is None and not isinstance(error, ValueError | OSError | NonFinite):
-            raise
+        code = report(error)
+    end_now(code)
+    return code
+
+
+def report(error: Exception) -> int:
+    """Prints one line about an error and returns the exit code. A fault of the code is shown with its traceback."""
+    if isinstance(error, UsageError):
+        return die(error, 2)
+    message = explain(error)
+    if message is not None or isinstance(error, ValueError | OSError | NonFinite):
         return die(message or error)
+    if world_size() == 1:
+        raise error
+    traceback.print_exception(error)  # here, for several processes end without Python's exit
+    return 1
 
 
 if __name__ == "__main__":

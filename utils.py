@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import socket
@@ -41,10 +42,12 @@ class Topology:
         return self.rank == 0
 
 
-def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topology:
+def init_topology(device: str, deterministic: bool, tf32: bool, timeout: timedelta) -> Topology:
     """Joins the process group that the launcher's environment describes (none: one process) and takes a device.
 
     Args:
+        deterministic: whether CUDA computes bit-identically each time.
+        tf32: whether CUDA may compute float32 products in TF32.
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
@@ -62,10 +65,21 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+        # Blocks that grow: what one stage's sizes leave free then serves the next's. Read when CUDA starts.
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is what torch before 2.9 reads
+        if not any(name in os.environ for name in names):
+            os.environ[names[torch.__version__ < (2, 9)]] = "expandable_segments:True"
+        there = torch.cuda.device_count()
+        if there == 1:  # each process may be shown its own only; if two share it, NCCL says so
+            local_rank = 0
+        if local_rank >= there:
+            raise UsageError(
+                f"local rank {local_rank} has no CUDA device: there are {there}; start one process for each"
+            )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -88,8 +102,23 @@ def _torchrun_store(rank: int, world_size: int, timeout: timedelta) -> dict[str,
 
 
 def close_topology() -> None:
+    """Takes the process group down; every process must have finished its work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_now(code: int) -> None:
+    """Ends this process of several, which failed. Does nothing where there is no process group.
+
+    Taking the group down, as Python's exit does too, would wait for collectives that this process never joins, while
+    the others wait for it.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for child in multiprocessing.active_children():  # the loader's workers
+            child.kill()
+        os._exit(code)
 
 
 def world_size() -> int:
@@ -153,6 +182,12 @@ def no_sync(model: nn.Module):
     """Context in which a wrapped model's backward pass leaves gradients unreduced (before a step's last pass)."""
     model = _uncompiled(model)
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
+
+
+def release_memory(device: torch.device) -> None:
+    """Gives back what the allocator holds in blocks of the sizes of a stage that is over."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -232,6 +267,13 @@ def explain(error: Exception) -> str | None:
         )
     if re.search(r"DataLoader worker .*(killed|exited)", text) or _broke_in_loader(error):
         return f"a DataLoader worker died ({text[:200]}); if the machine ran out of memory, lower --num_workers"
+    if "Duplicate GPU" in text:
+        return f"two processes share a GPU: start one process for each GPU ({text[:200]})"
+    if re.search(r"connectFullMesh|nable to (resolve|find)|gloo.*(timed out|refused).*connect", text):
+        return (
+            "the processes cannot connect: if none of them died, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+            f"network interface between the machines, as `ip link` names it ({text[:200]})"
+        )
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) if dist.is_available() else ()
     if isinstance(error, kinds) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|Connection (closed|reset) by peer|Timed out waiting", text)

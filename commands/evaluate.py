@@ -15,10 +15,12 @@ import torch
 from timm.data import ImageNetInfo
 
 from config import Config
-from datasets import Source, build_source, eval_loader
+from datasets import Source, build_source, dropped_line, eval_loader
 from engine import evaluate
-from inputs.folder import FolderIndex
+from inputs.readable import drop_unreadable
+from inputs.readers import open_folder
 from inputs.transforms import EvalTransform
+from inputs.views import fingerprint
 from models import checkpoints, create_model, load_weights
 from models.reading import read_weights
 from training.build import make_finish
@@ -31,14 +33,15 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune.
 
     Raises:
-        ValueError: no weights named, weights without a head for these classes, or images of unknown classes.
+        ValueError: weights without a head for these classes, or images of unknown classes.
     """
     source_of_weights = config.resume or config.finetune
-    if source_of_weights is None:
-        raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     checkpoints.verify_own(source_of_weights)
     content = read_weights(source_of_weights)
-    source = _source(config)
+    source = drop_unreadable(_source(config), config.max_bad)
+    if topology.is_main:
+        for line in (*dropped_line(source), *differing_images(source, content, str(source_of_weights), config)):
+            print(line, file=sys.stderr)
     known = _model_classes(config, content, source)
     columns = _columns(source, known)
     real = _real_labels(source) if config.real_labels else None
@@ -74,6 +77,8 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
         speed = scores["images"] / (time.perf_counter() - started)
         line = {"weights": key or "model", "eval_size": size, **scores, "images_per_s": round(speed, 1)}
         top = line.pop("predictions")
+        if bad := getattr(source, "dropped", ()):
+            line["bad_images"] = len(bad)
         if real is not None:
             top = top.cpu() if columns is None else columns[top.cpu()]
             line["real_acc1"] = real_accuracy(top.tolist(), real)
@@ -92,7 +97,19 @@ def _source(config: Config) -> Source:
     """--eval_data's class folders, else the data set's validation images."""
     if config.eval_data is None:
         return build_source(config, train=False)
-    return FolderIndex(config.eval_data)
+    return open_folder(config.eval_data)
+
+
+def differing_images(source: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
+    """A line that says that the validation images are not those of the run that wrote a checkpoint, if so."""
+    of_run = content.get("images") if isinstance(content.get("images"), dict) else {}
+    saved, now = of_run.get("val"), fingerprint(source)
+    if config.eval_data or not isinstance(saved, dict) or saved == now:
+        return []
+    counts = (
+        f"{saved.get('images')} then, {now['images']} now" if saved.get("images") != now["images"] else "other names"
+    )
+    return [f"warning: the validation images are not those of the run that wrote {where} ({counts}): compare with care"]
 
 
 def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:

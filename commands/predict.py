@@ -7,6 +7,7 @@ import glob
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,13 +16,13 @@ from typing import Any, TextIO
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config import Config
 from config.files import read_bytes
 from datasets import loader_options
 from engine import autocast
 from inputs.decode import BadImage
+from inputs.formats import ENDINGS, ending, hidden, listed, readable, sniff
 from inputs.transforms import EvalTransform
 from models import load_weights
 from models.reading import read_weights
@@ -103,12 +104,18 @@ def find_images(where: str) -> list[str]:
         ValueError: there are none.
     """
     if os.path.isdir(where):
-        found = [
-            os.path.join(folder, name)
-            for folder, _, names in os.walk(where)
-            for name in names
-            if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-        ]
+        found, left_out = [], Counter()
+        for folder, _, names in os.walk(where):
+            for name in names:
+                path = os.path.join(folder, name)
+                if hidden(name):
+                    continue
+                if os.path.isfile(path) and (ending(name) in ENDINGS or sniff(path) in readable()):
+                    found.append(path)
+                else:
+                    left_out[ending(name)] += 1
+        if left_out:
+            print(f"no images, so left out: {listed(left_out)}", file=sys.stderr)
     else:
         found = [where] if os.path.exists(where) else [path for path in glob.glob(where) if not os.path.isdir(path)]
     if not found:
@@ -181,7 +188,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[str | None]]]:
     data = _Images(paths, EvalTransform(size, size, "lanczos", config.crop_pct))
     workers = min(config.num_workers, len(paths) // BATCH)  # starting them costs more than a few images
-    options = loader_options(workers, device.type == "cuda")
+    options = loader_options(workers, device.type == "cuda", BATCH * 3 * size**2)
     return iter(DataLoader(data, BATCH, collate_fn=_collate, **options))
 
 

@@ -20,15 +20,16 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from config import Config, UsageError
+from config import Config, UsageError, as_usage
 from config.recipes import load_recipe
 from datasets import Source, build_source
+from inputs.splits import find_split
 from training.build import make_model, make_plan, number_of_classes
 from utils import write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "in1k"
-SAMPLE = 1000  # images whose headers are read
-TRAIN_FOLDERS, VAL_FOLDERS = ("train", "training"), ("val", "valid", "validation", "test")
+SAMPLE = 1000  # images whose headers are read; of fewer than ALL, every one
+ALL = 20_000
 HELD_OUT = 50  # of each class, at most a tenth of it: ImageNet validates on 50
 # What the papers' recipe for a model says beyond batch, learning rate and length.
 FROM_RECIPE = ("curriculum", "drop_path", "clip_grad")
@@ -96,27 +97,28 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     """Which folders hold training and validation images; where none validate, some are held out."""
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise UsageError("--suggest needs --data_path: the folder that holds your images")
-    if config.data_set != "folder" or "train_split" in said:
+    if config.data_set != "folder" or config.labels or "train_split" in said:
         return []
     root = Path(config.data_path)
-    if not root.is_dir():
-        raise UsageError(f"--data_path: there is no folder {root}")
-    train = next((name for name in TRAIN_FOLDERS if (root / name).is_dir()), None)
-    rows: list[Row] = [("train_split", train or ".", "the folder of class folders to train on")]
-    if {"val_split", "val_per_class"} & {*said}:
+    with as_usage():
+        found = find_split(root, "train", "train")
+        val = found and find_split(root, "val", "val")
+    train = "." if found is None else found.relative_to(root).as_posix()
+    rows: list[Row] = [("train_split", train, "the folder of class folders to train on")]
+    if {"val_split", "val_per_class", "val_share"} & {*said}:
         return rows
-    val = next((name for name in VAL_FOLDERS if train and (root / name).is_dir()), None)
     if val:
-        return [*rows, ("val_split", val, "the folder of class folders to validate on")]
-    why = "there is no validation set: these are held out of each class, at most a tenth of it, always the same"
+        name = val.relative_to(root).as_posix()
+        return [*rows, ("val_split", name, "the folder of class folders to validate on")]
+    why = "there is no validation set: about so many of each class, at most a tenth of it, are held out by their names"
     return [*rows, ("val_per_class", HELD_OUT, why)]
 
 
 def look(source: Source) -> Seen:
-    """Class counts of all images, and the sizes that the headers of evenly spaced ones state."""
+    """Class counts of all images, and the sizes that headers state: all below 20,000, else evenly spaced ones."""
     counts = np.bincount(source.labels(), minlength=len(source.classes)).tolist()
     sides, unreadable = [], []
-    for index in np.linspace(0, len(source) - 1, min(SAMPLE, len(source)), dtype=np.int64).tolist():
+    for index in np.linspace(0, len(source) - 1, len(source) if len(source) < ALL else SAMPLE, dtype=np.int64).tolist():
         name = source.name(index)
         try:
             data = name if os.path.isfile(name) else source.read(index)
@@ -232,7 +234,7 @@ def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
         looked_at = len(seen.unreadable) + len(seen.short_sides)
         facts.append(
             f"{len(seen.unreadable)} of {looked_at} files that were looked at cannot be opened, among them "
-            f"{seen.unreadable[0]}. Training replaces up to --max_bad of the images and stops beyond."
+            f"{seen.unreadable[0]}. Training replaces up to --max_bad of the images (at least 10) and stops beyond."
         )
     if seen.images < 100_000:
         facts.append(

@@ -23,7 +23,7 @@ _RANGES = {
         "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
     ),
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad"),
+    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
@@ -40,6 +40,9 @@ def check_ranges(config: Config) -> None:
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
+    low, high = config.crop_ratio
+    if not 0 < low <= high:
+        raise UsageError(f"--crop_ratio is {list(config.crop_ratio)}; it needs 0 < smallest <= largest")
     for name in ("mean", "std"):
         values = getattr(config, name)
         if values is not None and not all((name == "mean" or value > 0) and abs(value) < 1e3 for value in values):
@@ -55,6 +58,7 @@ def check_settings(config: Config) -> None:
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    _check_data(config)
     if config.task == "mae":
         _check_mae(config)
     parse_interval(config.save_interval)
@@ -64,9 +68,36 @@ def check_settings(config: Config) -> None:
             parse_duration(getattr(config, name))
 
 
+def _check_data(config: Config) -> None:
+    """Raises UsageError for data settings that contradict each other."""
+    if config.val_share is not None:
+        parse_share(config.val_share)
+        if config.val_per_class is not None:
+            raise UsageError("--val_per_class and --val_share both hold images out: give one of them")
+    if config.labels is None:
+        for name in ("label_columns", "label_separator"):
+            if getattr(config, name) is not None:
+                raise UsageError(f"--{name} is for a table of labels: name it with --labels")
+    elif config.data_set not in ("folder", "tar"):
+        raise UsageError(f"--labels is for --data_set folder and tar; {config.data_set} has labels of its own")
+    if config.label_columns is not None and len(config.label_columns) not in (2, 3):
+        raise UsageError(f"--label_columns is {config.label_columns}: it is [path, label] or [path, label, split]")
+
+
+def parse_share(value: float | str) -> float:
+    """``10%`` or ``0.1`` -> 0.1. Raises UsageError for what is no share between 0 and 1."""
+    try:
+        share = float(value[:-1]) / 100 if isinstance(value, str) and value.endswith("%") else float(value)
+    except ValueError:
+        share = -1.0
+    if not 0 < share < 1:
+        raise UsageError(f"--val_share is {value}: a share lies between 0 and 1, like 10% or 0.1")
+    return share
+
+
 def _check_mae(config: Config) -> None:
     """Raises UsageError for settings that masked autoencoders have no use for."""
-    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob") if getattr(config, name) > 0]
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "color_jitter") if getattr(config, name) > 0]
     if config.magnitude != "none":
         unwanted.append("--magnitude none")
     if unwanted:

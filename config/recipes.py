@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,5 +85,10 @@ def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, readable as a recipe again."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False)
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass or nested value as JSON's types, as files keep it: tuples become lists, keys strings."""
+    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))

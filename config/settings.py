@@ -79,21 +79,35 @@ class DataConfig:
     """data"""
 
     data_set: Free[str] = "folder"
-    """folder: class folders; tar: archives of class folders, or WebDataset's shards; hfds/NAME: a Hugging Face data
-    set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; hfds/NAME: a
+    Hugging Face data set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
     data_path: Free[str | None] = None
     """Where the data set lies."""
     train_split: Free[str] = "train"
-    """Folder (or Hugging Face split) of the training images; several joined by + (ImageNet-22K in its winter21 layout:
-    imagenet21k_train+imagenet21k_small_classes)."""
+    """Folder (or Hugging Face split) of the training images; train finds Training, seg_train and the like, too. Several
+    are joined by + (ImageNet-22K in its winter21 layout: imagenet21k_train+imagenet21k_small_classes)."""
     val_split: Free[str] = "val"
-    """The same of the validation images."""
+    """The same of the validation images; val finds valid, Validation, test, Testing and the like, too."""
     val_per_class: Free[int | None] = None
-    """Where there is no validation set: this many images of each class are held out from training."""
+    """Where there is no validation set: about this many images of each class, at most a tenth of it, are held out from
+    training, by a hash of their paths: other images added or removed change nothing."""
+    val_share: Free[float | str | None] = None
+    """The same as a share of all images: 10% or 0.1."""
+    labels: Free[str | None] = None
+    """Table of the labels of images in a folder or in tar archives: .csv, .tsv, .jsonl, .json or .parquet with a column
+    of paths, one of labels and, if one file serves both, one of splits (train, val). ImageNet's lists of validation
+    labels are found without it."""
+    label_columns: Free[list[str] | None] = None
+    """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
+    label_separator: Free[str | None] = None
+    """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
+    label_key: Free[str] = "label"
+    """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
     class_map: Free[str | None] = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: Free[float] = 0.001
-    """Share of training images that may be unreadable (named in bad_files.txt, replaced); beyond it the run stops."""
+    """Share of the images that may be unreadable, but at least 10 files (0: none). Training images are replaced and
+    named in bad_files.txt, validation images found and left out before the first step; beyond it the run stops."""
     num_images: Free[int | None] = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
     num_classes: Shape[int | None] = None
@@ -104,6 +118,10 @@ class DataConfig:
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
     crop_scale: Learned[tuple[float, float]] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
+    crop_ratio: Learned[tuple[float, float]] = (3 / 4, 4 / 3)
+    """Training: range of the crop's width / height, before it is resized to a square."""
+    train_interpolation: Learned[Literal["bicubic", "bilinear", "random"]] = "bicubic"
+    """Training: how the crop is resized to the base size; random: one of the two, drawn for each image, as timm's."""
     mean: Learned[tuple[float, float, float] | None] = None
     """By which pixels, in [0, 1], are normalised, per channel; default: what the weights that the run starts from were
     trained with, ImageNet's without any."""
@@ -154,6 +172,9 @@ class ModelConfig:
     """channels_last memory format: faster convolutions on CUDA and, in bf16, on CPU."""
     compile: Free[bool] = False
     """torch.compile the model, once per input size."""
+    tf32: Learned[bool] = True
+    """TensorFloat-32 on CUDA for what is computed in fp32: faster on Ampere and later, 10 bits of mantissa in products.
+    What is done to images is computed exactly in any case."""
 
 
 @dataclass(kw_only=True)
@@ -235,6 +256,9 @@ class AugmentConfig:
     """Probability of random erasing."""
     hflip: Learned[float] = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: Learned[float] = 0.0
+    """Brightness, contrast and saturation are scaled by factors up to this far from 1, before RandAugment; 0 is off.
+    (In timm and ConvNeXt it is ignored where RandAugment runs; --magnitude none switches that off.)"""
 
 
 GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)

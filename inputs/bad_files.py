@@ -11,6 +11,7 @@ from inputs.decode import BadImage
 
 Result = TypeVar("Result")
 FILE_NAME = "bad_files.txt"
+FLOOR = 10  # bad files that are always allowed, unless none are: of 1,500 images a thousandth is one
 # Substitutes tried for one sample. At a share of bad files as large as one in ten, all fail once in 10^10.
 ATTEMPTS = 10
 
@@ -28,6 +29,11 @@ def load(source, index: int, transform: Callable[..., Result]) -> Result:
         raise BadImage(f"{source.name(index)}: {reason}") from error
 
 
+def budget(max_fraction: float, num_images: int) -> int:
+    """How many of so many images may be bad: the share, but at least `FLOOR`; none if the share is 0."""
+    return max(FLOOR, int(max_fraction * num_images)) if max_fraction > 0 else 0
+
+
 class BadFiles:
     """Replaces training images that cannot be used, up to a share of the data set, and writes down which they were.
 
@@ -38,14 +44,9 @@ class BadFiles:
     Args:
         max_fraction: of the training set (``--max_bad``).
         folder: where ``bad_files.txt`` is written; None: nowhere.
-
-    Raises:
-        ValueError: ``max_fraction`` outside [0, 1].
     """
 
     def __init__(self, max_fraction: float = 0.001, folder: str | Path | None = None):
-        if not 0 <= max_fraction <= 1:
-            raise ValueError(f"--max_bad is {max_fraction}: a share of the training set lies in [0, 1]")
         self.max_fraction = max_fraction
         self.path = Path(folder) / FILE_NAME if folder else None
         self.names: set[str] = set()
@@ -72,14 +73,16 @@ class BadFiles:
             return
         self.names.add(name)
         known = self._share(name, message)
-        budget = int(self.max_fraction * num_images)
-        if known > budget:
+        allowed = budget(self.max_fraction, num_images)
+        if known > allowed:
             where = f"; they are listed in {self.path}" if self.path else ""
             raise BadImage(
                 f"{known} of {num_images} training images cannot be used, --max_bad {self.max_fraction:g} allows "
-                f"{budget} (the last: {message}){where}: mend or remove them, or raise --max_bad"
+                f"{allowed} (the last: {message}){where}: the same command with --max_bad "
+                f"{max(2 * known / num_images, 0.01):.2g} resumes; to mend files, write good ones under the same names "
+                "(without them it is another data set, and another run)"
             )
-        print(f"warning: replaced an image that cannot be used ({known} of {budget}): {message}", file=sys.stderr)
+        print(f"warning: replaced an image that cannot be used ({known} of {allowed}): {message}", file=sys.stderr)
 
     def _share(self, name: str, message: str) -> int:
         """Adds the file to the record unless it is there; returns how many it names."""
@@ -87,7 +90,7 @@ class BadFiles:
             return len(self.names)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = message.replace("\n", " ") + "\n"
-        recorded = self._recorded()
+        recorded = self.recorded()
         if not any(other.startswith(name + ": ") for other in recorded):
             # One write to a file opened for appending: lines of several processes do not mix.
             descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -95,10 +98,11 @@ class BadFiles:
                 os.write(descriptor, line.encode("utf-8", "surrogateescape"))
             finally:
                 os.close(descriptor)
-            recorded = self._recorded()
+            recorded = self.recorded()
         return len(recorded)
 
-    def _recorded(self) -> set[str]:
+    def recorded(self) -> set[str]:
+        """The lines of the record: a file and its fault each."""
         try:
             return set(self.path.read_text("utf-8", "surrogateescape").splitlines())
         except FileNotFoundError:

@@ -237,10 +237,10 @@ def _wait_for(lock: int, path: str) -> None:
 
 
 class Progress:
-    """A line on standard error while indexing takes longer than a second or so."""
+    """A line on standard error while indexing (or what ``doing`` says) takes longer than a second or so."""
 
-    def __init__(self, root: str, total: int, unit: str):
-        self.root, self.total, self.unit = root, total, unit
+    def __init__(self, root: str, total: int, unit: str, doing: str = "indexing"):
+        self.root, self.total, self.unit, self.doing = root, total, unit, doing
         self.done = self.images = 0
         self.next = time.monotonic() + 1
         self.interval, self.end = (0.5, "\r") if sys.stderr.isatty() else (15.0, "\n")
@@ -260,5 +260,5 @@ class Progress:
 
     def _show(self, end: str) -> None:
         self.shown = True
-        line = f"indexing {self.root}: {self.done} of {self.total} {self.unit}, {self.images} images"
+        line = f"{self.doing} {self.root}: {self.done} of {self.total} {self.unit}, {self.images} images"
         print(line, end=end, file=sys.stderr, flush=True)

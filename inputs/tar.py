@@ -5,36 +5,40 @@ through a shard from its beginning; the curriculum's sampler asks for images by 
 """
 
 import os
-import tarfile
+import re
 from array import array
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from config.files import open_file
-from inputs.archive import LIMIT, open_archive
 from inputs.decode import BadImage
+from inputs.formats import ending, hidden, listed, readable
 from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
+from inputs.members import LABEL_SIDES, Member, Scan, scan
+from inputs.names import NameWriter, hash_of, natural, packed_name, packed_names
 
-LABEL_SUFFIX = ".cls"
 OPEN_FILES = 64
+FORMAT = 2  # of what the index holds; others are built again
 
 
 class TarIndex:
     """Images in the archives ``root/*.tar`` (or in the one archive ``root``), in the order of the archives' names.
 
-    An image's class is what the member ``<same name>.cls`` says (WebDataset), else the folder it lies in inside the
-    archive, else the archive's name. Classes are sorted; as numbers, if all are.
+    An image's class is what its side files state (``<key>.cls``, ``.txt``, or ``.json`` under ``label_key``:
+    WebDataset's and img2dataset's shards), else the folder it lies in inside the archive, else the archive's name.
+    Classes are sorted, numbers as numbers. Nothing is guessed: side files that state no label are refused.
 
     Args:
-        root, cache_dir, classes: as `FolderIndex` has them. pattern: of the archives' names.
+        root, cache_dir, classes, flat: as `FolderIndex` has them. pattern: of the archives' names.
+        label_key: of the label in .json side files.
+        several: images may have several labels (lists in .json files); `label` then gives a tuple.
 
     Raises:
-        ValueError: no archive, something that is not an archive, no images, or a class that is not in ``classes``.
+        ValueError: no archive, something that is not an archive, no images, images without or with several labels, or
+            a class that is not in ``classes``.
     """
 
     def __init__(
@@ -43,18 +47,23 @@ class TarIndex:
         cache_dir: str | Path | None = None,
         classes: Sequence[str] | None = None,
         pattern: str = "*.tar",
+        label_key: str = "label",
+        flat: bool = False,
+        several: bool = False,
     ):
         path = Path(root).absolute()
         self.root = os.fspath(path.parent if path.is_file() else path)
         found = [path] if path.is_file() else [p for p in path.glob(pattern) if p.is_file()]
-        self.shards = sorted(p.name for p in found if not p.name.startswith("."))
+        self.shards = sorted(p.name for p in found if not hidden(p.name))
         if not self.shards:
             raise ValueError(f"--data_path: there is no {pattern} in {path}")
-        stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
-        expected = {"shards": self.shards, "stamps": stamps}
+        self.stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
+        expected = {"format": FORMAT, "shards": self.shards, "stamps": self.stamps, "readable": sorted(readable())}
+        expected["label_key"] = None if flat else label_key
+        name = path.name if path.is_file() else pattern.replace("*", "_")
         self._index = open_or_build(
             self.root,
-            f"{INDEX_NAME}_{path.name if path.is_file() else pattern.replace('*', '_')}",
+            f"{INDEX_NAME}_{name}" + "_flat" * flat,
             cache_dir,
             build=lambda file: _write_index(file, self.root, expected),
             is_current=lambda index: {key: index.meta.get(key) for key in expected} == expected,
@@ -64,36 +73,67 @@ class TarIndex:
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
             raise ValueError(f"{path} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
-        self._labels = np.array([self.classes.index(name) for name in names])
+        number = {name: label for label, name in enumerate(self.classes)}
+        self._labels = np.array([number[name] for name in names])
+        self.several = several
+        if self._index.meta["several"] and not several:
+            raise ValueError(f"--data_path: images of {path} have several labels each; a classifier takes one")
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._index.arrays[0])
 
     def _entry(self, i: int) -> list[int]:
-        """Shard, offset, size and own class number of image ``i``."""
+        """Shard, offset and size of image ``i``."""
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         self._index.looked_up()
-        return [int(values[i]) for values in self._index.arrays]
+        return [int(values[i]) for values in self._index.arrays[:3]]
+
+    def relative(self, i: int) -> str:
+        """Archive and member of image ``i``."""
+        return f"{self.shards[self._entry(i)[0]]}/{packed_name(self._index, self._index.arrays[5], i)}"
+
+    def relatives(self) -> Iterator[bytes]:
+        """All of these, in order."""
+        begins = [os.fsencode(shard) + b"/" for shard in self.shards]
+        names = packed_names(self._index, self._index.arrays[5])
+        return (begins[shard] + name for shard, name in zip(self._index.arrays[0], names))
+
+    def hashes(self) -> np.ndarray:
+        """CRC-32 of these, uint32 (len,)."""
+        return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
+
+    def contents(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Number of images by ending, and of members that are not read by kind."""
+        return self._index.meta["endings"], self._index.meta["left_out"]
 
     def read(self, i: int) -> bytes:
         """Content of image ``i``. Raises OSError, or BadImage if the archive ends before it."""
-        shard, offset, size, _ = self._entry(i)
+        shard, offset, size = self._entry(i)
         data = os.pread(self._descriptor(shard), size, offset)
         if len(data) < size:
             raise BadImage(f"the archive is cut short: {len(data)} of {size} bytes")
         return data
 
     def name(self, i: int) -> str:
-        shard, offset, _, _ = self._entry(i)
+        shard, offset, _ = self._entry(i)
         return f"{os.path.join(self.root, self.shards[shard])} at byte {offset}"
 
-    def label(self, i: int) -> int:
-        return int(self._labels[self._entry(i)[3]])
+    def label(self, i: int) -> int | tuple[int, ...]:
+        self._entry(i)
+        labels, starts = self._index.arrays[3:5]
+        own = self._labels[labels[starts[i] : starts[i + 1]]].tolist()
+        return tuple(sorted(own)) if self.several else own[0]
 
     def labels(self) -> np.ndarray:
-        return self._labels[self._index.arrays[3]].astype(np.int32)
+        """int32 (len,); of images with several labels bool (len, classes)."""
+        labels, starts = self._index.arrays[3:5]
+        if not self.several:
+            return self._labels[labels].astype(np.int32)
+        table = np.zeros((len(self), len(self.classes)), dtype=bool)
+        table[np.repeat(np.arange(len(self)), np.diff(starts)), self._labels[labels]] = True
+        return table
 
     def _descriptor(self, shard: int) -> int:
         """An open file; `os.pread` needs no position, so forked workers may share it."""
@@ -118,48 +158,104 @@ def _stamp(path: str) -> list[int]:
 
 
 def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
-    shards, offsets, sizes, labels = (array("q") for _ in range(4))
+    shards, offsets, sizes, labels, starts = (array("q") for _ in range(5))
     number: dict[str, int] = {}
+    writer = IndexWriter(file)
+    names, tally = NameWriter(writer), _Tally(root, expected)
     report = Progress(root, len(expected["shards"]), "archives")
     for k, shard in enumerate(expected["shards"]):
-        found = _scan(os.path.join(root, shard))
-        for offset, size, name in found:
+        found = scan(os.path.join(root, shard), expected["label_key"] or "", flat=expected["label_key"] is None)
+        tally.add(shard, found)
+        for member in found.members:
             shards.append(k)
-            offsets.append(offset)
-            sizes.append(size)
-            labels.append(number.setdefault(name, len(number)))
-        report.add(len(found))
+            offsets.append(member.offset)
+            sizes.append(member.size)
+            starts.append(len(labels))
+            labels.extend(number.setdefault(name, len(number)) for name in tally.labels(shard, member))
+        names.add([member.name for member in found.members])
+        report.add(len(found.members))
     report.close()
-    if not number:
-        raise ValueError(f"--data_path: no images in the archives of {root}; known are {' '.join(IMG_EXTENSIONS)}")
-    classes = sorted(number, key=int) if all(name.isdigit() for name in number) else sorted(number)
+    names.close()
+    starts.append(len(labels))
+    tally.check(len(shards), len(number))
+    classes = natural(number)
     rank = np.empty(len(classes), dtype=np.int64)
     rank[[number[name] for name in classes]] = np.arange(len(classes))
     labels = array("q", rank[np.array(labels)].tobytes())
-    IndexWriter(file).finish([shards, offsets, sizes, labels], {**expected, "classes": classes})
+    meta = {**expected, "classes": classes, "several": len(labels) > len(shards) or tally.unlabelled > 0}
+    meta |= {"endings": tally.endings, "left_out": tally.left_out}
+    writer.finish([shards, offsets, sizes, labels, starts, names.offsets], meta)
 
 
-def _scan(path: str) -> list[tuple[int, int, str]]:
-    """(offset, size, class) of each image in an archive, as far as it can be read."""
-    images, stated = [], {}
-    try:
-        with open_file(path) as file, open_archive(file) as archive:
-            try:
-                for member in archive:
-                    stem, suffix = os.path.splitext(member.name)
-                    if not member.isfile() or os.path.basename(stem).startswith("."):
-                        continue
-                    if suffix.lower() == LABEL_SUFFIX:
-                        stated[stem] = archive.extractfile(member).read(LIMIT).decode().strip()
-                    elif suffix.lower() in IMG_EXTENSIONS:
-                        images.append((member.offset_data, member.size, stem))
-                    archive.members = []  # else it keeps an object per member
-            except tarfile.ReadError:
-                pass  # cut short: what lies beyond is missing, and the last image is found bad when it is read
-    except (tarfile.TarError, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--data_path: {path} cannot be read as a tar archive: {error}") from error
-    own = os.path.basename(path).removesuffix(".tar")
-    return [
-        (offset, size, stated.get(stem) or os.path.basename(os.path.dirname(stem)) or own)
-        for offset, size, stem in images
-    ]
+class _Tally:
+    """Where the labels of all archives come from, which must be one place, and what was left out."""
+
+    def __init__(self, root: str, expected: dict) -> None:
+        self.root, self.expected, self.flat = root, expected, expected["label_key"] is None
+        self.endings, self.left_out, self.json_keys = Counter(), Counter(), set()
+        self.stated, self.by_text, self.by_archive, self.unlabelled = 0, 0, 0, 0
+        self.missing: list[str] = []
+        self.count = 0
+
+    def add(self, shard: str, found: Scan) -> None:
+        self.endings.update(ending(member.name) for member in found.members)
+        self.left_out.update(found.left_out)
+        self.json_keys |= found.json_keys
+
+    def labels(self, shard: str, member: Member) -> list[str]:
+        """The classes of an image; one without a label is noted and gets none."""
+        if self.flat:
+            return [""]
+        if member.stated is not None:
+            self.stated += 1
+            self.by_text += member.by_text
+            self.unlabelled += member.stated == []
+            return [member.stated] if isinstance(member.stated, str) else list(dict.fromkeys(member.stated))
+        may_state = any(side.endswith(LABEL_SIDES) for side in member.sides)
+        if member.folder and not may_state:
+            return [member.folder]
+        self.by_archive += not member.sides
+        if member.sides:
+            self.count += 1
+            if len(self.missing) < 3:
+                self.missing.append(f"{shard}: {member.name} with {' '.join(member.sides)}")
+            return []
+        return [shard.removesuffix(".tar")]
+
+    def check(self, images: int, classes: int) -> None:
+        """Raises ValueError unless every image has a label from the same kind of place."""
+        if not images:
+            there = f"; what lies there: {listed(self.left_out)}" if self.left_out else ""
+            raise ValueError(f"--data_path: no images in the archives of {self.root}{there}")
+        ways = "write the labels in a table (--labels FILE.csv)"
+        if self.missing:
+            keys = f"; keys in its .json files: {' '.join(sorted(self.json_keys)[:20])}" if self.json_keys else ""
+            raise ValueError(
+                f"--data_path {self.root}: the side files of {self.count} of {images} images state no label "
+                f"({'; '.join(self.missing)}){keys}: name the key that does with --label_key (it is "
+                f"{self.expected['label_key']}), or {ways}"
+            )
+        if 0 < self.stated < images:
+            raise ValueError(
+                f"--data_path {self.root}: {images - self.stated} of {images} images have no side file that states a "
+                f"label, the others have; {ways}"
+            )
+        if self.by_text >= 8 and classes > self.by_text / 2:
+            raise ValueError(
+                f"--data_path {self.root}: the .txt files of {self.by_text} images hold {classes} different texts, "
+                f"which are captions rather than labels; {ways}"
+            )
+        if self.by_archive and _numbered(self.expected["shards"]):
+            raise ValueError(
+                f"--data_path {self.root}: nothing states the labels of the images: the archives are numbered shards "
+                f"({self.expected['shards'][0]}, ...), without class folders or side files; {ways}"
+            )
+
+
+def _numbered(shards: Sequence[str]) -> bool:
+    """Whether archives are the numbered parts of one whole, as 000000.tar or train-001.tar are, not classes."""
+    found = [re.fullmatch(r"(.*?)(\d{3,})\.tar", shard) for shard in shards]
+    if not all(found) or len({(match[1], len(match[2])) for match in found}) > 1:
+        return False
+    numbers = [int(match[2]) for match in found]
+    return numbers[0] < 2 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))

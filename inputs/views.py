@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from config.files import read_text
+from inputs.names import mix, name_hashes, natural
 
 
 class Source(Protocol):
@@ -19,10 +20,11 @@ class Source(Protocol):
     def read(self, i: int) -> Any:
         """Encoded bytes or a PIL image. Raises OSError or BadImage if there is no getting it."""
 
-    def label(self, i: int) -> int: ...
+    def label(self, i: int) -> int | tuple[int, ...]:
+        """Class number; of a source whose ``several`` is true, the class numbers of the image, ascending."""
 
     def labels(self) -> np.ndarray:
-        """All labels, integers (len,)."""
+        """All labels, integers (len,); if there are several of an image, bool (len, classes)."""
 
     def name(self, i: int) -> str:
         """What a message calls image ``i``."""
@@ -69,19 +71,28 @@ class View:
     def name(self, i: int) -> str:
         return self.source.name(self._place(i))
 
-    def label(self, i: int) -> int:
+    dropped: Sequence[str] = ()  # messages on images that were left out because they cannot be used
+
+    @property
+    def several(self) -> bool:
+        return several_labels(self.source)
+
+    def label(self, i: int) -> int | tuple[int, ...]:
         label = self.source.label(self._place(i))
-        return label if self._relabel is None else int(self._relabel[label])
+        return label if self._relabel is None else _relabelled(label, self._relabel)
 
     def labels(self) -> np.ndarray:
+        labels = self.source.labels()[self.places()]
+        return labels if self._relabel is None else _all_relabelled(labels, self._relabel, len(self.classes))
+
+    def places(self) -> np.ndarray:
+        """Numbers in the source of all images, (len,)."""
         lengths = np.diff(self._before)
-        places = np.arange(len(self)) + np.repeat(self._first - self._before[:-1], lengths)
-        labels = self.source.labels()[places]
-        return labels if self._relabel is None else self._relabel[labels]
+        return np.arange(len(self)) + np.repeat(self._first - self._before[:-1], lengths)
 
 
 class Joined:
-    """Several sources one after the other; their classes, by name, in one sorted list or in the order given.
+    """Several sources one after the other; their classes, by name, in natural order or in the order given.
 
     Raises:
         ValueError: a source has a class that ``classes`` lacks.
@@ -89,7 +100,7 @@ class Joined:
 
     def __init__(self, sources: Sequence[Source], classes: Sequence[str] | None = None):
         self.sources = list(sources)
-        names = list(classes) if classes is not None else sorted({name for s in sources for name in s.classes})
+        names = list(classes) if classes is not None else natural({name for s in sources for name in s.classes})
         self.classes = names
         label_of = {name: label for label, name in enumerate(names)}
         unknown = sorted({name for source in sources for name in source.classes} - set(names))
@@ -115,12 +126,38 @@ class Joined:
         k, place = self._place(i)
         return self.sources[k].name(place)
 
-    def label(self, i: int) -> int:
+    @property
+    def several(self) -> bool:
+        return any(map(several_labels, self.sources))
+
+    def label(self, i: int) -> int | tuple[int, ...]:
         k, place = self._place(i)
-        return int(self._relabel[k][self.sources[k].label(place)])
+        return _relabelled(self.sources[k].label(place), self._relabel[k])
 
     def labels(self) -> np.ndarray:
-        return np.concatenate([relabel[s.labels()] for relabel, s in zip(self._relabel, self.sources)])
+        parts = zip(self.sources, self._relabel)
+        return np.concatenate([_all_relabelled(s.labels(), relabel, len(self.classes)) for s, relabel in parts])
+
+
+def several_labels(source: Source) -> bool:
+    """Whether images of a source may have several labels each."""
+    return getattr(source, "several", False)
+
+
+def _relabelled(label: int | tuple[int, ...], relabel: np.ndarray) -> int | tuple[int, ...]:
+    if isinstance(label, tuple):
+        return tuple(sorted({int(relabel[k]) for k in label if relabel[k] >= 0}))
+    return int(relabel[label])
+
+
+def _all_relabelled(labels: np.ndarray, relabel: np.ndarray, classes: int) -> np.ndarray:
+    if labels.ndim == 1:
+        return relabel[labels]
+    table = np.zeros((len(labels), classes), dtype=bool)
+    for old, new in enumerate(relabel.tolist()):
+        if new >= 0:
+            table[:, new] |= labels[:, old]
+    return table
 
 
 def map_classes(source: Source, path: str | Path) -> View:
@@ -147,28 +184,78 @@ def map_classes(source: Source, path: str | Path) -> View:
     classes = list(dict.fromkeys(wanted.values()))
     label_of = {name: classes.index(label) for name, label in wanted.items()}
     relabel = np.array([label_of.get(name, -1) for name in source.classes])
-    return View(source, relabel[source.labels()] >= 0, classes, relabel)
+    labels = source.labels()
+    keep = relabel[labels] >= 0 if labels.ndim == 1 else labels[:, relabel >= 0].any(1)
+    return View(source, keep, classes, relabel)
 
 
-def hold_out(source: Source, per_class: int, seed: int = 0) -> tuple[View, View]:
-    """Splits a training set without a validation set: (training, validation) images.
+def in_order(source: Source, classes: Sequence[str] | None) -> Source:
+    """The source with its classes numbered in the order of ``classes``, if these are the same classes."""
+    if classes is None or list(classes) == list(source.classes) or set(classes) != set(source.classes):
+        return source
+    relabel = np.array([list(classes).index(name) for name in source.classes])
+    return View(source, np.ones(len(source), dtype=bool), classes, relabel)
 
-    Validation gets ``per_class`` images of each class, at most a tenth of the class, chosen by ``seed`` alone.
+
+def hold_out(source: Source, per_class: int | None = None, share: float | None = None) -> tuple[View, View, list[str]]:
+    """Splits a training set without a validation set: (training images, validation images, classes that spare none).
+
+    Whether an image is held out depends on a hash of its relative path and a threshold, so that adding, removing or
+    renaming other images does not move it to the other part. The threshold is ``share``; with ``per_class`` it is that
+    of about so many images in each class, at most a tenth: the class's size counts rounded to a power of two, lest
+    every image more or less shift it. A class of which all images would be held out spares none.
 
     Raises:
-        ValueError: ``per_class`` is below 1, or no class has ten images.
+        ValueError: neither or both are given, one is out of range, or no image at all is held out.
     """
-    if per_class < 1:
+    if (per_class is None) == (share is None):
+        raise ValueError("--val_per_class and --val_share both hold images out: give one of them")
+    if per_class is not None and per_class < 1:
         raise ValueError(f"--val_per_class is {per_class}: at least one image of each class is needed")
-    labels = source.labels()
-    # Images in random order, then by class: the first ones of each class are a random choice of it.
-    order = np.random.default_rng(seed).permutation(len(labels))
-    order = order[np.argsort(labels[order], kind="stable")]
-    sizes = np.bincount(labels, minlength=len(source.classes))
-    rank = np.arange(len(labels)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    taken = order[rank < np.repeat(np.minimum(per_class, sizes // 10), sizes)]
-    if not len(taken):
-        raise ValueError(f"--val_per_class {per_class}: no class has the ten images that leaving one out takes")
-    held = np.zeros(len(labels), dtype=bool)
-    held[taken] = True
-    return View(source, ~held), View(source, held)
+    if share is not None and not 0 < share < 1:
+        raise ValueError(f"--val_share is {share:g}: a share lies between 0 and 1 (or 0% and 100%)")
+    labels, classes = source.labels(), len(source.classes)
+    single = labels.ndim == 1
+    sizes = np.bincount(labels, minlength=classes) if single else labels.sum(0)
+    if share is not None:
+        thresholds = np.full(classes, share)
+    else:
+        thresholds = np.minimum(per_class / 2.0 ** np.round(np.log2(np.maximum(sizes, 1))), 0.1)
+    # An image of several classes is held out by the least eager of them.
+    own = thresholds[labels] if single else np.where(labels, thresholds, 1.0).min(1)
+    held = mix(path_hashes(source)) < np.minimum(own * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
+    spared = np.bincount(labels[held], minlength=classes) if single else labels[held].sum(0)
+    if single:
+        held &= ~(spared == sizes)[labels]
+        spared = np.where(spared == sizes, 0, spared)
+    if not held.any():
+        setting = f"--val_per_class {per_class}" if share is None else f"--val_share {share:g}"
+        raise ValueError(
+            f"{setting} holds out none of {len(labels)} images: there are too few; raise it (--val_share 30%), or add "
+            "a validation folder"
+        )
+    none = [name for name, count, size in zip(source.classes, spared.tolist(), sizes.tolist()) if size and not count]
+    return View(source, ~held), View(source, held), none
+
+
+def path_hashes(source: Source) -> np.ndarray:
+    """A number for each image that follows from its relative path alone, uint32 (len,)."""
+    if isinstance(source, Joined):
+        return np.concatenate([path_hashes(part) for part in source.sources])
+    if isinstance(source, View):
+        return path_hashes(source.source)[source.places()]
+    if hasattr(source, "hashes"):
+        return source.hashes()
+    return name_hashes("/".join(source.name(i).split("/")[-2:]) for i in range(len(source)))
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What tells two sets of labelled images apart: ``images``, how many, and ``digest`` of relative paths and classes.
+
+    It does not depend on the order of images or of classes, nor on where the data lie. Contents are not read.
+    """
+    names = mix(name_hashes(map(str, source.classes)))
+    labels, paths = source.labels(), mix(path_hashes(source))
+    of_class = names[labels] if labels.ndim == 1 else labels.astype(np.uint64) @ names
+    total = mix(paths ^ mix(of_class)).sum(dtype=np.uint64)
+    return {"images": len(source), "digest": f"{int(total):016x}"}

@@ -88,9 +88,11 @@ def check_trainable(build: Callable[[int], nn.Module], classes: int, size: int) 
         ValueError: it returns something else than (N, classes) logits when it trains, or parameters get no gradient.
     """
     try:
-        with torch.device("meta"), Skeleton(), warnings.catch_warnings():
+        with torch.device("meta"), Skeleton():
+            model = build(size).train()
+        with torch.device("meta"), warnings.catch_warnings():  # a skeleton's in-place additions do nothing
             warnings.simplefilter("ignore")
-            unused = _without_gradient(build(size).train(), classes, size, "meta")
+            unused = _without_gradient(model, classes, size, "meta")
     except _Fault:
         raise
     except Exception:  # it computes with values

@@ -41,14 +41,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("filtered", parents=[common, of_runs], help="ICCV Figures 3 and 4, Table 1")
+    one = commands.add_parser("filtered", parents=[common, of_runs], help="ICCV Figure 4, Table 1")
     one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of main.py")
     one.add_argument(
         "--radii",
         type=lambda text: [float(value) for value in text.split(",")],
         help="bandwidths, cycles per image side (default: 10,20,40,60,80,110, in proportion to 224 pixels)",
     )
-    one = commands.add_parser("cka", parents=[common, of_runs], help="ICCV Figure 6")
+    one = commands.add_parser("cka", parents=[common, of_runs], help="of two networks, layer by layer")
     one.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="output folders of main.py")
     one.add_argument("--layers", help="regular expression of the modules to compare (default: the blocks)")
     one.add_argument("--checkpoint", default=LAST, help=f"of both runs (default: {LAST})")

@@ -17,7 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.logs import duration_text, read_log
+from training.logs import duration_text, read_log, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -82,8 +82,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     for arm in ARMS:
         rows = results[arm.name]
         mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        spread = f" +- {statistics.stdev(row['accuracy'] for row in rows):.1f}" if len(rows) > 1 else ""
-        accuracy = f"{mean['accuracy']:.1f} %{spread}"
+        accuracy = f"{spread([row['accuracy'] for row in rows], 1)} %"
         lines.append(
             f"{arm.label:<30} {mean['compute']:>8.2f} {accuracy:>16} {duration_text(mean['seconds']):>14} "
             f"{full / mean['seconds']:>8.2f}x"

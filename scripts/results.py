@@ -3,7 +3,7 @@
   python scripts/results.py OUTPUT_DIR [OUTPUT_DIR ...] [--output FOLDER]
 
 An output folder may be a run's, or hold runs at any depth. Prints Markdown; with --output also writes results.md,
-results.csv, and accuracy against compute and against wall time as compute.svg and time.svg.
+results.csv, and accuracy against compute and against wall time as compute and time (.png, .svg).
 
 Runs that differ in nothing but the seed (and in where and how fast they ran) are one line. Theirs is the row of
 recipes/papers.json that the recipe names; "less time" compares with the ordinary runs of the same model, classes, data
@@ -28,8 +28,8 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
-from training.charts import Series, chart  # noqa: E402
-from training.logs import duration_text, read_log  # noqa: E402
+from studies.figures import panels, save  # noqa: E402
+from training.logs import duration_text, read_log, spread  # noqa: E402
 from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
@@ -151,23 +151,17 @@ def collect(runs: list[Run], papers: dict[str, Any]) -> list[dict[str, str]]:
                 first.plan["curriculum"],
                 f"{first.plan['epochs']:g}",
                 str(len(group)),
-                spread(scores, 2),
+                spread(scores),
                 "" if theirs is None else f"{theirs:g}",
                 "" if theirs is None else f"{statistics.mean(scores) - theirs:+.2f}",
                 f"{first.speedup:.2f}x",
                 "" if compute is None else f"{compute:.2f}x",
-                "" if not ratios or first.ordinary else f"{spread(ratios, 2)}x",
+                "" if not ratios or first.ordinary else f"{spread(ratios)}x",
                 "" if "wall" not in printed else f"{printed['wall']:.2f}x",
                 duration_text(statistics.mean(times)),
             )
             lines.append(dict(zip(COLUMNS, values)))
     return sorted(lines, key=lambda line: (line["table"] == "Other runs", line["table"], line["model"], line["row"]))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """80.31 ± 0.12: the mean and, of several, the sample's standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(lines: list[dict[str, str]]) -> str:
@@ -196,25 +190,20 @@ def to_csv(lines: list[dict[str, str]]) -> str:
     return file.getvalue()
 
 
-def pictures(runs: list[Run]) -> dict[str, str]:
-    """Accuracy against compute (ICCV Fig. 7, ++ Fig. 7) and against time: a series for each model and curriculum."""
-    series: dict[str, dict[str, list[tuple[float, float, str]]]] = {"compute": {}, "time": {}}
-    for run in runs:
-        name = f"{run.settings['model']} {run.plan['curriculum']}"
-        total = run.plan["total"]
-        label = f"{run.plan['epochs']:g} epochs: {run.top1:.2f} %"
-        for picture, x in (("compute", total["equivalent_epochs"]), ("time", run.seconds / 3600)):
-            series[picture].setdefault(name, []).append((x, run.top1, label))
+def draw(runs: list[Run], folder: Path) -> None:
+    """Accuracy against compute (ICCV Fig. 7, ++ Fig. 7) and against time: a colour for each model and curriculum."""
     axes = {"compute": "compute, epochs at the base size (by pixels)", "time": "hours of training"}
-    result = {}
-    for picture, curves in series.items():
-        drawn = [
-            Series(name, [(x, y) for x, y, _ in sorted(points)], dots=True, names=[text for *_, text in sorted(points)])
-            for name, points in curves.items()
-        ]
-        title = f"Accuracy against {picture}"
-        result[picture] = chart(title, drawn, axes[picture], "top-1, per cent", width=760, height=420)
-    return result
+    for name, label in axes.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for run in runs:
+            x = run.plan["total"]["equivalent_epochs"] if name == "compute" else run.seconds / 3600
+            points.setdefault(f"{run.settings['model']} {run.plan['curriculum']}", []).append((x, run.top1))
+        figure, (axis,) = panels(1, 7.0, 4.2)
+        for series, places in points.items():
+            axis.plot(*zip(*sorted(places)), "o", label=series)
+        axis.set(xlabel=label, ylabel="top-1, per cent", title=f"Accuracy against {name}")
+        axis.legend()
+        save(figure, folder, name)
 
 
 def main(argv: list[str]) -> int:
@@ -234,10 +223,9 @@ def main(argv: list[str]) -> int:
     print(text)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        files = {"results.md": text, "results.csv": to_csv(lines)}
-        files |= {f"{name}.svg": picture for name, picture in pictures(runs).items()}
-        for name, content in files.items():
+        for name, content in {"results.md": text, "results.csv": to_csv(lines)}.items():
             (arguments.output / name).write_text(content, encoding="utf-8")
+        draw(runs, arguments.output)
     return 0
 
 

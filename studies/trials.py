@@ -24,7 +24,7 @@ from typing import Any, TextIO
 import msgspec
 from typing_extensions import TypedDict
 
-from config import Config, to_yaml
+from config import Config, plain, to_yaml
 from config.files import read_text
 from config.kinds import named
 from training.logs import duration_text, read_log
@@ -255,7 +255,7 @@ class Laboratory:
                 "accuracy": accuracy,
                 "compute": round(trial.compute, 4),
                 "seconds": round(seconds, 1),
-                "settings": asdict(trial.config),
+                "settings": plain(trial.config),
             }
             write_text(self.ledger, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
             used = self.used

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Run, script
 from torch import nn
 
@@ -217,6 +218,23 @@ def test_shown_images_are_those_of_the_run(runs):
     assert [one.shape for one in pictures] == [(4, 3, size, size) for size in (32, 48, 64)]
     assert all(one.dtype == torch.uint8 and one.float().std() > 10 for one in pictures)
     assert [max(row["frequency"] for row in rows if row["stage"] == n) for n in (1, 2, 3)] == [16, 24, 32]
+
+
+@pytest.mark.parametrize("operator", ["fourier", "lanczos"])
+def test_images_augmented_on_the_device_are_shown_too(runs, tmp_path, operator):
+    """A run with --augment_on device shows what the same run shows with --augment_on host, to its operations' error."""
+    shown = {}
+    for place in ("host", "device"):
+        settings = yaml.safe_load((runs / "etpp" / "config.yaml").read_text())
+        settings.update(augment_on=place, operator=operator, magnitude="constant")
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.yaml").write_text(yaml.safe_dump(settings))
+        run = RunFolder(tmp_path / place)
+        epoch = next(epoch for epoch in run.plan if epoch.stage == 1)
+        shown[place] = spectra.shown(run, epoch, 8)
+        assert shown[place].shape == (8, 3, 48, 48)
+    assert (shown["host"] - shown["device"]).abs().mean() < 0.05
+    assert (shown["host"] - shown["device"].roll(1, 0)).abs().mean() > 0.3
 
 
 # ---- Proposition 1 -------------------------------------------------------------------------------------------------

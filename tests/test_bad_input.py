@@ -151,16 +151,18 @@ def test_fewer_images_than_a_batch(refused, tmp_path, usual):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_unreadable_image(main_program, tmp_path, capsys, split, workers):
-    """Names the file. Training was under way: what it wrote before stays, and no checkpoint is said to be good."""
+    """Where none may be bad, one line names the file; of a validation image before anything was written."""
     data = tmp_path / "data"
     write_images(data / "train", [10, 10])
     write_images(data / "val", [3, 3])
     broken = data / split / "class_1" / "05.jpg"
     broken.write_bytes((data / "train" / "class_1" / "04.jpg").read_bytes()[:100])
-    assert main_program(flags(data_path=data, output_dir=tmp_path / "run", num_workers=workers)) == 1
+    run = flags(data_path=data, output_dir=tmp_path / "run", num_workers=workers, max_bad=0)
+    assert main_program(run) == (1 if split == "train" else 2)
     err = capsys.readouterr().err
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and str(broken) in errors[0] and "Traceback" not in err
+    assert (tmp_path / "run").exists() == (split == "train")
 
 
 # -- checkpoints -------------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from inputs.bad_files import FILE_NAME, BadFiles, load
+from inputs.bad_files import FILE_NAME, BadFiles, budget, load
 from inputs.decode import BadImage
 from inputs.folder import FolderIndex
 from inputs.transforms import EvalTransform, TrainTransform
@@ -89,15 +89,21 @@ def test_workers_share_the_record_and_the_result(source, tmp_path, capfd):
     assert "class0/00.jpg" in capfd.readouterr().err
 
 
+@pytest.fixture
+def floor(monkeypatch):
+    monkeypatch.setattr("inputs.bad_files.FLOOR", 4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_beyond_the_budget_the_run_stops(source, tmp_path, workers):
+def test_beyond_the_budget_the_run_stops(source, tmp_path, workers, floor):
     loader = DataLoader(Samples(source, BadFiles(0.1, tmp_path)), num_workers=workers, batch_size=4)
     with pytest.raises(BadImage, match=r"5 of 40 .* --max_bad 0\.1 allows 4 .*bad_files\.txt") as caught:
         list(loader)
     assert "\n" not in str(caught.value) and str(caught.value).startswith("5 of 40")
+    assert "--max_bad 0.25 resumes" in str(caught.value)
 
 
-def test_an_earlier_run_counts(source, tmp_path):
+def test_an_earlier_run_counts(source, tmp_path, floor):
     samples = Samples(source, BadFiles(0.1, tmp_path))
     for index in range(4):
         samples[index]
@@ -105,13 +111,16 @@ def test_an_earlier_run_counts(source, tmp_path):
         Samples(source, BadFiles(0.1, tmp_path))[4]
 
 
+def test_ten_files_may_be_bad_in_any_set_but_none_where_none_is_allowed(source):
+    assert [budget(0.001, images) for images in (40, 1500, 20_000)] == [10, 10, 20]
+    samples = Samples(source, BadFiles(0.001))
+    assert all(samples[index][0].shape == (3, 24, 24) for index in BAD)
+    with pytest.raises(BadImage, match="allows 0"):
+        Samples(source, BadFiles(0.0))[0]
+
+
 def test_no_good_image_at_all(tmp_path):
     (tmp_path / "train/a").mkdir(parents=True)
     (tmp_path / "train/a/1.jpg").write_bytes(b"x")
     with pytest.raises(BadImage, match="in a row"):
         Samples(FolderIndex(tmp_path / "train"), BadFiles(1.0))[0]
-
-
-def test_the_budget_is_a_share():
-    with pytest.raises(ValueError, match="--max_bad"):
-        BadFiles(1.5)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import pickle
+import random
 import tarfile
 
 import numpy as np
@@ -16,7 +17,7 @@ from inputs.folder import FolderIndex
 from inputs.index_file import INDEX_NAME
 from inputs.readers import open_source
 from inputs.tar import TarIndex
-from inputs.views import Joined, View, hold_out, map_classes
+from inputs.views import Joined, View, fingerprint, hold_out, map_classes
 
 
 def jpeg(k):
@@ -182,22 +183,77 @@ def test_label_map_errors(tmp_path, text, message):
         map_classes(Numbers([0], ["ant"]), tmp_path / "map.txt")
 
 
+def taken(view):
+    return {view.read(i) for i in range(len(view))}
+
+
 def test_held_out_images_of_each_class():
-    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [100, 45, 9, 300]))
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 2, 3], [3000, 450, 1, 12000]))
     source = Numbers(labels, list("abcd"))
-    train, val = hold_out(source, 8)
-    assert np.bincount(val.labels(), minlength=4).tolist() == [8, 4, 0, 8]  # at most a tenth
-    parts = [[view.read(i) for i in range(len(view))] for view in (train, val)]
-    assert sorted(parts[0] + parts[1]) == list(range(454))
-    again = hold_out(source, 8)[1]
-    assert [again.read(i) for i in range(len(again))] == parts[1]
-    other = hold_out(source, 8, seed=1)[1]
-    assert [other.read(i) for i in range(len(other))] != parts[1]
-    for wrong in (0, -3):
-        with pytest.raises(ValueError, match="--val_per_class"):
-            hold_out(source, wrong)
-    with pytest.raises(ValueError, match="ten images"):
-        hold_out(Numbers([0] * 5, ["a"]), 1)
+    train, val, none = hold_out(source, 100)
+    assert taken(train) | taken(val) == set(range(len(labels))) and not taken(train) & taken(val)
+    counts = np.bincount(val.labels(), minlength=4)
+    assert 50 < counts[0] < 150 and 50 < counts[3] < 150
+    assert abs(counts[1] - 45) < 25  # at most a tenth
+    assert counts[2] == 0 and none == ["c"]  # too small
+    share = hold_out(source, share=0.2)[1]
+    assert abs(len(share) / len(labels) - 0.2) < 0.02
+
+
+def test_what_is_held_out_does_not_depend_on_other_images(tmp_path):
+    for name, count in (("a", 60), ("b", 100), ("c", 24)):
+        (tmp_path / name).mkdir()
+        for k in range(count):
+            (tmp_path / name / f"{k}.jpg").touch()
+    rng = random.Random(0)
+
+    def held(**how):
+        view = hold_out(FolderIndex(tmp_path), **how)[1]
+        return {view.source.relative(int(place)) for place in view.places()}
+
+    ways = ({"per_class": 10}, {"share": 0.3})
+    before = [held(**how) for how in ways]
+    assert all(5 < len(names) < 120 for names in before)
+    for _ in range(6):
+        gone = rng.choice(sorted(tmp_path.rglob("*.jpg")))
+        gone.unlink()
+        new = tmp_path / rng.choice("abc") / f"{rng.random()}.jpg"
+        new.touch()
+        changed = {str(path.relative_to(tmp_path)) for path in (gone, new)}
+        now = [held(**how) for how in ways]
+        assert all(a - changed == b - changed for a, b in zip(before, now))
+        before = now
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ({"per_class": 0}, "--val_per_class is 0"),
+        ({"share": 1.5}, "--val_share is 1.5"),
+        ({"share": 0.1, "per_class": 1}, "give one"),
+        ({}, "give one"),
+        ({"share": 1e-9}, "holds out none of 5"),
+    ],
+)
+def test_holding_out_is_refused(how, message):
+    with pytest.raises(ValueError, match=message):
+        hold_out(Numbers([0] * 5, ["a"]), **how)
+
+
+def test_fingerprints_tell_sets_of_images_apart(tmp_path):
+    for name in ("x/a/1.jpg", "x/a/2.jpg", "x/b/1.jpg", "y/a/1.jpg", "y/a/2.jpg", "y/b/1.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    x, y = FolderIndex(tmp_path / "x"), FolderIndex(tmp_path / "y", classes=["b", "a"])
+    first = fingerprint(x)
+    assert first["images"] == 3 and first == fingerprint(y)  # nor place nor order of classes matter
+    assert fingerprint(View(x, np.array([True, True, False]))) != first
+    (tmp_path / "y/b/1.jpg").rename(tmp_path / "y/b/2.jpg")
+    assert fingerprint(FolderIndex(tmp_path / "y")) != first
+    (tmp_path / "y/b/2.jpg").rename(tmp_path / "y/b/1.jpg")
+    assert fingerprint(FolderIndex(tmp_path / "y")) == first
+    relabelled = View(x, np.ones(3, dtype=bool), ["a", "b"], np.array([1, 0]))
+    assert fingerprint(relabelled) != first
 
 
 def test_joined_folders_as_the_processed_imagenet_22k_has_them(tmp_path):

@@ -10,6 +10,7 @@ from PIL import Image
 from commands.suggest import HELD_OUT, Seen, base_size, batch, length, look, model, of_the_model, suggest
 from commands.suggest import learning_rate as rate
 from config import Config
+from datasets import build_source
 
 
 def seen(images, side=300, classes=10):
@@ -60,7 +61,7 @@ def photos(tmp_path_factory):
     for name, count in (("cat", 30), ("dog", 22), ("newt", 12)):
         (root / name).mkdir()
         for k in range(count):
-            size = rng.randint(70, 120), rng.randint(70, 160)
+            size = rng.randint(100, 120), rng.randint(100, 160)
             Image.effect_noise(size, 60).convert("RGB").save(root / name / f"{k}.jpg")
     return root
 
@@ -72,7 +73,7 @@ def settings_of(text):
 def test_one_folder_without_validation(photos):
     settings = settings_of(suggest(Config(data_path=str(photos)), {"data_path"}))
     assert (settings["train_split"], settings["val_per_class"]) == (".", HELD_OUT)
-    assert settings["input_size"] == 96 and settings["batch_size"] == 16  # of 58 images, two steps a pass at least
+    assert settings["input_size"] == 96 and settings["batch_size"] == 16  # two steps a pass at least
     assert set(settings) <= set(Config.__dataclass_fields__)
 
 
@@ -106,14 +107,15 @@ def test_a_setting_that_cannot_work_is_refused_at_once(folder):
 
 
 def test_what_was_seen_is_said(tmp_path):
-    write_images(tmp_path, [120, 11], size=(72, 80))
+    write_images(tmp_path / "train", [120, 11], size=(72, 80))
+    write_images(tmp_path / "val", [2, 2], seed=1)
     for name in ("zz.jpg", "zzz.jpg"):
-        (tmp_path / "class_0" / name).write_bytes(b"no image")
+        (tmp_path / "train" / "class_0" / name).write_bytes(b"no image")
     text = suggest(Config(data_path=str(tmp_path), max_bad=0.5), {"max_bad"})
     head = " ".join(line.removeprefix("# ") for line in text.splitlines() if line.startswith("#"))
-    assert "120 images to train on, 2 classes of 10 to 110 images; short sides of 72 pixels" in head
+    assert "133 images to train on, 2 classes of 11 to 122 images; short sides of 72 pixels" in head
     assert "unbalanced (11 to 1)" in head
-    assert "2 of 120 files" in head or "1 of 120 files" in head  # one of them may be held out
+    assert "2 of 133 files" in head  # every file is looked at
 
 
 def test_balanced_classes_are_not_called_unbalanced(folder):
@@ -132,7 +134,7 @@ def test_headers_only(monkeypatch, folder):
     "make, words",
     [
         (lambda root: None, "no class folders"),
-        (lambda root: write_images(root / "train", [3]), "no class has the ten images"),
+        (lambda root: write_images(root / "train", [3]), "holds out none of 3 images"),
         (lambda root: [write_images(root / name, [3], size=(64, 64)) for name in ("train", "val")], "at least four"),
         (lambda root: [broken(root / name) for name in ("train", "val")], "none of 3 images can be opened"),
     ],
@@ -166,4 +168,5 @@ def test_the_recipe_is_written_and_runs(photos, tmp_path, main_program, capsys):
     reduced = flags(input_size=None, batch_size=None, lr=None, micro_batch=None)
     assert main_program(["--recipe", str(recipe), *reduced, "--output_dir", str(tmp_path / "run")]) == 0
     run = Run(tmp_path / "run")
-    assert run.state()["classes"] == ["cat", "dog", "newt"] and run.log()[-1]["eval_images"] == 3 + 2 + 1
+    held = len(build_source(Config(data_path=str(photos), train_split=".", val_per_class=HELD_OUT), train=False))
+    assert 1 <= held <= 15 and run.state()["classes"] == ["cat", "dog", "newt"] and run.log()[-1]["eval_images"] == held

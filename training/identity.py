@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from config import Config
+from config import Config, plain
 from config.checks import parse_parts
 from config.kinds import named
 from curriculum import Plan, Segment
@@ -36,13 +36,13 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
     # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
     task = {key: getattr(config, key) for key in MAE} if config.task == "mae" else {}
     return {
-        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **_plain(task)},
+        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
         "data": _data(sources[0]),
         "validation": _data(sources[1]),
-        "curriculum": _plain(curriculum),
+        "curriculum": plain(curriculum),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "optimizer": _plain({key: getattr(config, key) for key in OPTIMIZER}),
+        "optimizer": plain({key: getattr(config, key) for key in OPTIMIZER}),
     }
 
 
@@ -163,10 +163,3 @@ def _differences(before: Any, now: Any, name: str) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as a checkpoint's neighbours in JSON have them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -8,8 +8,10 @@ import json
 import math
 import os
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +245,12 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """58.41 +- 0.52: the mean and, of several, the sample's standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def duration_text(seconds: float) -> str:

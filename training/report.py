@@ -12,7 +12,6 @@ import platform
 import subprocess
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from config import Config
+from config import Config, plain
 from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
@@ -266,7 +265,7 @@ def _drawing(path: Path) -> str:
 
 
 def _settings(settings: dict[str, Any]) -> str:
-    defaults = json.loads(json.dumps(asdict(Config())))
+    defaults = plain(Config())
     changed = [
         [key, json.dumps(value), json.dumps(defaults.get(key))]
         for key, value in settings.items()

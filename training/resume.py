@@ -4,20 +4,20 @@ is written, and what happens when it cannot be."""
 from __future__ import annotations
 
 import bisect
-import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, UsageError
+from config import Config, UsageError, plain
 from config.checks import parse_interval
 from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
+from models.reading import read_weights
 from models.weights import nonfinite
 from training.identity import Difference
 from training.optimizer_state import load_optimizer_state
@@ -34,6 +34,7 @@ def pack(
     identity: dict[str, Any],
     config: Config,
     classes: Sequence[str],
+    images: dict[str, Any],
     history: History,
     unwritten: str,
 ) -> dict[str, Any]:
@@ -47,6 +48,8 @@ def pack(
         identity: what the run is (:func:`training.identity.identify`).
         config: all settings, as JSON's types.
         classes: names of the model's outputs.
+        images: of the training and the validation images, what tells whether they are others
+            (:func:`inputs.views.fingerprint`).
         history: what was changed on the way.
         unwritten: lines that log.txt could not take yet.
     """
@@ -62,8 +65,9 @@ def pack(
         "best": best,
         "meters": meters,
         "identity": identity,
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": plain(config),
         "classes": list(classes),
+        "images": images,
         "progress": training.plan.progress(training.step),
         "logged": history.logged(training.plan, unfinished),
         "trained": trained(training.plan, training.step),
@@ -231,6 +235,16 @@ def checkpoint_to_resume(config: Config, topology: Topology) -> tuple[Path, dict
         print(f"resuming from {path}, step {found[1]['step']}", flush=True)
         return found
     return Path(path), checkpoints.load(path)
+
+
+def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> list[str] | None:
+    """The order of the classes that the weights to start from know: those of the checkpoint; None if it has none.
+
+    Other versions of this project, and other programs, sort class names in another way.
+    """
+    if found is not None:
+        return found[1].get("classes")
+    return read_weights(config.finetune).get("classes") if config.finetune else None
 
 
 def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:

@@ -12,16 +12,18 @@ import torch
 
 from config import Config
 from curriculum import Pass, Plan, set_input_size
-from datasets import Source
+from datasets import Source, kill_workers
 from engine import Training
-from training.build import make_batches
+from inputs.bad_files import FILE_NAME, BadFiles
+from inputs.views import fingerprint
+from training.build import evaluated_passes, make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import History, Saver, pack
 from training.stopping import Agreement, leave_stop_note
 from training.watchdog import Watchdog
-from utils import STOPPED, Topology, from_main, unwrap, wrap
+from utils import STOPPED, Topology, from_main, release_memory, unwrap, wrap
 
 
 @dataclass
@@ -68,12 +70,9 @@ class Session:
         self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
         self.progress = Progress(plan)
         self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
-        self.evaluated = [
-            record.index
-            for record in plan
-            if record.index == len(plan) - 1
-            or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
-        ]
+        self.evaluated = evaluated_passes(plan, config.eval_interval)
+        parts = zip(("train", "val"), self.sources) if topology.is_main else ()
+        self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
@@ -85,14 +84,17 @@ class Session:
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        if error is not None and self.topology.world_size > 1:
+            # Nothing may stand between the error and its message: other processes can be waiting for this one.
+            kill_workers()
         try:
             with closing(self.batches):  # ends the loader's workers
                 if isinstance(error, NonFinite):
                     self._report_nonfinite(error)
         finally:
-            self.agreement.close()
             self.watchdog.__exit__(None, None, None)
         if error is None:
+            self.agreement.close()
             self.log.close()
 
     def _report_nonfinite(self, error: NonFinite) -> None:
@@ -108,6 +110,7 @@ class Session:
         if record.input_size != model.input_size:
             training.model = None  # a live data-parallel wrapper would keep its hooks on resized parameters
             set_input_size(model, record.input_size, training.optimizer, training.ema)
+            release_memory(topology.device)
             training.model = wrap(model, topology, self.config.compile)
         if topology.is_main and (self.current is None or record.stage != self.current.stage):
             training.watch = self._save_samples
@@ -203,6 +206,7 @@ class Session:
                 self.identity,
                 self.config,
                 self.sources[0].classes,
+                self.images,
                 self.history,
                 self.log.waiting,
             ),
@@ -248,5 +252,8 @@ class Session:
     def done(self) -> int:
         if self.topology.is_main:
             best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
-            print(f"done in {duration_text(time.perf_counter() - self.started)}{best}: {self.output}", flush=True)
+            bad = len(BadFiles(folder=self.output).recorded())
+            replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
+            took = duration_text(time.perf_counter() - self.started)
+            print(f"done in {took}{best}{replaced}: {self.output}", flush=True)
         return 0

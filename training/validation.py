@@ -60,12 +60,15 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
         if scores is None:
             return None
         result["eval_images"] = scores["images"]
+        if bad := getattr(session.sources[1], "dropped", ()):
+            result["eval_bad_images"] = len(bad)
         result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
         if not suffix:
             _save_answers(session, record, module, loader.dataset, size)
     session.progress.evaluation_seconds = time.perf_counter() - started
     if topology.is_main:
-        scored = f"{training.task.describe(result)}  on {result['eval_images']} images"
+        bad = f" ({result['eval_bad_images']} more cannot be used)" if "eval_bad_images" in result else ""
+        scored = f"{training.task.describe(result)}  on {result['eval_images']} images{bad}"
         print(f"evaluation at {size}: {scored}", flush=True)
     return result
 
