@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
+from config.files import open_file
 from config.urls import is_url
 from inputs.decode import BadImage
 from inputs.formats import hidden
@@ -67,7 +68,7 @@ class LocalShards:
         return data
 
     def open(self, k: int, fill: bool = False) -> BinaryIO:
-        return open(self.name(k), "rb")
+        return open_file(self.name(k))
 
     def name(self, k: int) -> str:
         return os.path.join(self.root, self.names[k])

@@ -325,7 +325,7 @@ def test_the_doctor_says_whether_the_cache_suffices(main_program, web, tmp_path,
     where = {"data_set": "tar", "data_path": web.url, "train_split": "train/{000..099}.tar"}
     cache = {**cache, "cache_dir": tmp_path / "cache"} if cache else {}
     assert main_program(flags(**where, **cache, val_per_class=1, doctor=True)) == 0
-    line = capsys.readouterr().out.strip().splitlines()[-1]
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("100 shards"))
     assert re.search(
         rf"^100 shards of 0.00 GB at {web.url}/train, read there at [\d,]+ images/s a worker.*{said}", line
     )

@@ -64,7 +64,7 @@ class RunLog:
             print(f"warning: {self.path} has {damaged} damaged lines; they are kept, and passed over", flush=True)
         kept += [line for line in unwritten.splitlines(keepends=True) if line not in kept]
         after = "".join(kept).encode("utf-8", "surrogateescape")
-        if after != before:
+        if after != before or not self.path.exists():
             write_text(self.path, "".join(kept))
 
     def epoch(self, record: dict[str, Any]) -> None:
