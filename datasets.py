@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from config import DataConfig, as_usage
 from config.checks import parse_share
+from config.urls import is_url
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
@@ -47,8 +48,14 @@ def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None 
 
 
 def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None) -> Source:
-    if config.data_path is None and not config.data_set.startswith("hfds/"):
+    hub = config.data_set.startswith("hfds/")
+    if config.data_path is None and not hub:
         raise ValueError("--data_path is not set: name the folder that holds the data set")
+    if config.data_path is not None and hub:
+        raise ValueError(
+            f"--data_path {config.data_path} has no use with --data_set {config.data_set}, which is read from where it "
+            "lies; --cache_dir keeps what is read"
+        )
     if holds_out(config):
         whole = _open(config, config.train_split, "train")
         share = None if config.val_share is None else parse_share(config.val_share)
@@ -58,7 +65,7 @@ def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None
     else:
         # Labels are those of training, so validation may lack a class but not bring one of its own.
         alone = config.data_set in PUBLISHED
-        if config.data_set == "folder" and config.labels is None:
+        if config.data_set == "folder" and config.labels is None and not is_url(config.data_path):
             folders = [find_split(config.data_path, name, "train") for name in config.train_split.split("+")]
             alone = None in folders
         known = None if alone else _open(config, config.train_split, "train").classes
@@ -97,7 +104,17 @@ def _open(config: DataConfig, split: str, part: str, classes: list[str] | None =
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
     table = read_table(config.labels, config.label_columns, config.label_separator) if config.labels else None
-    return open_source(config.data_set, config.data_path, split, classes, part, table, config.label_key)
+    return open_source(
+        config.data_set,
+        config.data_path,
+        split,
+        classes,
+        part,
+        table,
+        config.label_key,
+        cache_dir=config.cache_dir,
+        cache_size=int(config.cache_size * 1e9),
+    )
 
 
 class TrainSet(Dataset):

@@ -24,9 +24,19 @@ from torch import nn
 
 from config import UsageError
 from config.launcher import read_launcher
+from config.urls import redact
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGXCPU")  # each saves and stops
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
+
+
+class Unreachable(RuntimeError):
+    """Data over the network that do not come, after all tries. Its text is one line, without credentials."""
+
+    def __str__(self) -> str:
+        # From a loader's worker the exception arrives as the text of a whole traceback, whose last line is the message.
+        lines = super().__str__().strip().splitlines() or [""]
+        return lines[-1].removeprefix(f"{type(self).__module__}.{type(self).__name__}: ")
 
 
 @dataclass(frozen=True)
@@ -256,7 +266,10 @@ def prepare_streams() -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line about an error of the machine rather than of the code: a process that died, memory; None for others."""
+    """One line about an error of the machine rather than of the code: a process that died, memory, the network; None
+    for others."""
+    if isinstance(error, Unreachable):
+        return str(error)
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of device memory: lower --micro_batch, or set it to auto ({text[:200]})"
@@ -296,7 +309,7 @@ def die(message: str | Exception, code: int = 1) -> int:
     """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if several else ""
-    line = f"error: {who}{' '.join(str(message).split())}"
+    line = f"error: {who}{redact(' '.join(str(message).split()))}"
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):

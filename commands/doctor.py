@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,6 +22,8 @@ from commands.autobatch import Blank
 from config import Config
 from curriculum import CurriculumSampler, Plan
 from datasets import Source, build_source
+from inputs.remote import RemoteShards
+from inputs.shards import remote_parts
 from inputs.transfer import to_device
 from training.build import (
     evaluated_passes,
@@ -91,6 +94,8 @@ def examine(
         print(describe(row, config.num_workers, cores), flush=True)
     for line in advice(rows, config.num_workers, cores):
         print(line)
+    for shards in remote_parts(source):
+        print(describe_cache(shards, network_speed(shards, len(source))))
     seconds = predict(rows, plan, config, scored, topology, cores)
     hours = seconds * topology.world_size / 3600
     kind = "process" if device.type == "cpu" else "GPU"
@@ -212,6 +217,40 @@ def loader_speed(config: Config, plan: Plan, source: Source, size: int) -> float
         return repeat(lambda: data[next(samples)], torch.device("cpu"))
     finally:
         torch.set_num_threads(threads)
+
+
+def network_speed(shards: RemoteShards, images: int) -> float:
+    """Images per second that one worker reads at a URL, by ranges of the shards' mean size of an image."""
+    rng = random.Random(0)
+    mean = max(1, sum(size for size, _ in shards.stamps) // images)
+
+    def fetch() -> None:
+        k = rng.randrange(len(shards.names))
+        start = rng.randrange(max(1, shards.stamps[k][0] - mean))
+        shards.fetch(k, start, min(start + mean, shards.stamps[k][0]))
+
+    fetch()  # connects
+    return repeat(fetch, torch.device("cpu"))
+
+
+def describe_cache(shards: RemoteShards, speed: float) -> str:
+    """One line: what of the shards at a URL the cache can hold and holds, and what that means for every pass."""
+    sizes = [size for size, _ in shards.stamps]
+    total = sum(sizes)
+    needed = f"--cache_size {math.ceil(1.1 * total / 1e9)}"
+    start = (
+        f"{len(sizes)} shards of {total / 1e9:,.2f} GB at {shards.root}, read there at {speed:,.0f} images/s a worker"
+    )
+    if shards.cache is None:
+        return f"{start}, in every pass: set --cache_dir (a local folder) and {needed}, and only the first pass is"
+    held = sum(size for size, here in zip(sizes, shards.cache.held(shards.keys)) if here)
+    limit, free = shards.cache.limit, shutil.disk_usage(shards.cache.folder).free
+    if min(limit, free + held) < total:
+        share = min(limit, free + held) / total
+        short = f"its disk has room for {share:.0%} of them" if free + held < limit else f"holds {share:.0%} of them"
+        mend = "use a larger disk" if free + held < min(limit, total) else f"set {needed}"
+        return f"{start}: the cache does not suffice, {short}, and the rest is read there in every pass; {mend}"
+    return f"{start}: the cache suffices ({held / total:.0%} of them are in it), so that only the first pass is"
 
 
 def repeat(action: Callable[[], Any], device: torch.device) -> float:

@@ -22,10 +22,12 @@ from torch import nn
 
 from config import Config, UsageError, as_usage
 from config.recipes import load_recipe
+from config.urls import is_url
 from datasets import Source, build_source
+from inputs.shards import in_threads, remote_parts
 from inputs.splits import find_split
 from training.build import make_model, make_plan, number_of_classes
-from utils import write_text
+from utils import Unreachable, write_text
 
 RECIPES = Path(__file__).parent.parent / "recipes" / "in1k"
 SAMPLE = 1000  # images whose headers are read; of fewer than ALL, every one
@@ -97,7 +99,7 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     """Which folders hold training and validation images; where none validate, some are held out."""
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise UsageError("--suggest needs --data_path: the folder that holds your images")
-    if config.data_set != "folder" or config.labels or "train_split" in said:
+    if config.data_set != "folder" or is_url(config.data_path) or config.labels or "train_split" in said:
         return []
     root = Path(config.data_path)
     with as_usage():
@@ -115,21 +117,31 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
 
 
 def look(source: Source) -> Seen:
-    """Class counts of all images, and the sizes that headers state: all below 20,000, else evenly spaced ones."""
+    """Class counts of all images, and the sizes that headers state: all below 20,000, else (and at a URL) a sample."""
     counts = np.bincount(source.labels(), minlength=len(source.classes)).tolist()
-    sides, unreadable = [], []
-    for index in np.linspace(0, len(source) - 1, len(source) if len(source) < ALL else SAMPLE, dtype=np.int64).tolist():
-        name = source.name(index)
-        try:
-            data = name if os.path.isfile(name) else source.read(index)
-            data = io.BytesIO(data) if isinstance(data, bytes) else data
-            with data if isinstance(data, Image.Image) else Image.open(data) as image:
-                sides.append(min(image.size))
-        except Exception:  # PIL's plugins let many types through on broken files
-            unreadable.append(name)
+    remote = bool(remote_parts(source))
+    count = len(source) if len(source) < ALL and not remote else min(SAMPLE, len(source))
+    places = np.linspace(0, len(source) - 1, count, dtype=np.int64).tolist()
+    found = list(in_threads(lambda k: _short_side(source, places[k]), count, 16 if remote else 1))
+    sides = [side for side in found if side is not None]
+    unreadable = [source.name(index) for index, side in zip(places, found) if side is None]
     if not sides:
         raise UsageError(f"--data_path: none of {len(unreadable)} images can be opened, among them {unreadable[0]}")
     return Seen(counts, sides, unreadable)
+
+
+def _short_side(source: Source, index: int) -> int | None:
+    """None for an image that cannot be opened."""
+    name = source.name(index)
+    try:
+        data = name if os.path.isfile(name) else source.read(index)
+        data = io.BytesIO(data) if isinstance(data, bytes) else data
+        with data if isinstance(data, Image.Image) else Image.open(data) as image:
+            return min(image.size)
+    except Unreachable:
+        raise
+    except Exception:  # PIL's plugins let many types through on broken files
+        return None
 
 
 # The rules. Each takes the settings so far and what was seen.

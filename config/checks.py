@@ -7,6 +7,7 @@ import re
 
 from config.kinds import named
 from config.settings import Config
+from config.urls import check_url, is_url, redact
 from config.usage import UsageError, as_usage
 from curriculum import parse_duration
 
@@ -24,7 +25,7 @@ _RANGES = {
         lambda x: x >= 1,
         "input_size eval_size crop test_side max_side batch_size num_images num_classes devices val_per_class top_k",
     ),
-    "above 0": (lambda x: x > 0, "baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
+    "above 0": (lambda x: x > 0, "baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
     "from 0 to 1": (
         lambda x: 0 <= x <= 1,
         "crop_prob mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad",
@@ -80,7 +81,12 @@ def check_settings(config: Config) -> None:
 
 
 def _check_data(config: Config) -> None:
-    """Raises UsageError for data settings that contradict each other."""
+    """Raises UsageError for data settings that contradict each other, and URLs that cannot be used."""
+    for name in ("data_path", "eval_data", "train_split", "val_split"):
+        if is_url(value := getattr(config, name)):
+            check_url(value, name)
+    if is_url(config.cache_dir):
+        raise UsageError(f"--cache_dir {redact(config.cache_dir)} is a URL; name a folder on a local disk")
     if config.val_share is not None:
         parse_share(config.val_share)
         if config.val_per_class is not None:

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, ge
 
 from config.recipes import load_recipe
 from config.settings import GROUPS, Config
+from config.urls import redact
 from config.usage import UsageError
 
 DESCRIPTION = """\
@@ -104,7 +105,7 @@ def flags_of(argv: list[str]) -> set[str]:
 
 def usage_error(message: str) -> int:
     """Prints one line on standard error and returns the exit code of wrong usage."""
-    print(f"error: {message}", file=sys.stderr)
+    print(f"error: {redact(message)}", file=sys.stderr)
     return 2
 
 

@@ -82,11 +82,13 @@ class DataConfig:
     """data"""
 
     data_set: Free[str] = "folder"
-    """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; hfds/NAME: a
-    Hugging Face data set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. Of
-    --task detection: coco (a COCO json), voc; of segmentation: ade20k, masks (a folder of label maps)."""
+    """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; parquet:
+    files with an image column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
+    cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. Of --task
+    detection: coco (a COCO json), voc; of segmentation: ade20k, masks (a folder of label maps)."""
     data_path: Free[str | None] = None
-    """Where the data set lies."""
+    """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
+    Credentials come from their usual places, never in the URL."""
     train_split: Free[str] = "train"
     """Folder (or Hugging Face split) of the training images; train finds Training, seg_train and the like, too. Several
     are joined by + (ImageNet-22K in its winter21 layout: imagenet21k_train+imagenet21k_small_classes)."""
@@ -107,6 +109,11 @@ class DataConfig:
     """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
     label_key: Free[str] = "label"
     """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
+    cache_dir: Free[str | None] = None
+    """Local folder that keeps shards of a URL, and their index; several runs may share it. Default: the index goes to
+    the user's cache folder, and images are read over the network in every pass."""
+    cache_size: Free[float] = 100.0
+    """GB that the shards in --cache_dir may take; the least recently used one makes room."""
     class_map: Free[str | None] = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: Free[float] = 0.001

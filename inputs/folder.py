@@ -61,7 +61,7 @@ class FolderIndex:
         self.root = os.fspath(Path(root).absolute())
         if not os.path.isdir(self.root):
             raise ValueError(f"--data_path: there is no folder {self.root}")
-        self._flat = flat
+        self._flat, self.cache_dir = flat, cache_dir
         self._index = open_or_build(
             self.root,
             INDEX_NAME + "_flat" * flat,

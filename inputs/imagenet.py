@@ -53,7 +53,7 @@ def _of_kaggle(path: Path) -> Iterator[Row]:
 
 def _of_devkit(path: Path, wnids: dict[int, str]) -> Iterator[Row]:
     """One number a line, of the images in the order of their names."""
-    for place, line in enumerate(path.read_text().split(), 1):
+    for place, line in enumerate(path.read_text(encoding="utf-8").split(), 1):
         if not line.isdigit() or int(line) not in wnids:
             raise ValueError(f"{path} line {place}: {line} is no number of a class")
         yield Row(f"ILSVRC2012_val_{place:08d}.JPEG", [wnids[int(line)]], "")
@@ -62,7 +62,9 @@ def _of_devkit(path: Path, wnids: dict[int, str]) -> Iterator[Row]:
 def _wnids(data: Path) -> dict[int, str]:
     """Number -> wnid, of a devkit's data folder."""
     if (data / "map_clsloc.txt").is_file():
-        rows = [line.split() for line in (data / "map_clsloc.txt").read_text().splitlines() if line.strip()]
+        rows = [
+            line.split() for line in (data / "map_clsloc.txt").read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
         return {int(row[1]): row[0] for row in rows}
     try:
         from scipy.io import loadmat

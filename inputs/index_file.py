@@ -33,7 +33,7 @@ FOOT = 20  # bytes at the end: CRC-32 of all before them, the header's length, t
 PATIENCE = 600.0  # seconds to wait for another process that builds the same index, before building one too
 # Every so many lookups the pages that they touched are unmapped from this process (they stay in the system's cache):
 # a random order would otherwise map the whole file into every worker, as `top` counts memory.
-RELEASE_EVERY = 256
+RELEASE_EVERY = 32
 
 
 class IndexFile:

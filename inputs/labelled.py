@@ -3,7 +3,6 @@
 import os
 import posixpath
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -104,8 +103,7 @@ def _join(source: Source, table: Table, rows: np.ndarray, where: str) -> tuple[n
     name; each with the ending, without it, and up to the first dot. The first that fits every row counts, else the one
     that fits most.
     """
-    root = Path(source.root)
-    base = os.fspath(root)[: len(os.fspath(root)) - len(where)].rstrip("/") if where else os.fspath(root)
+    base = source.root[: len(source.root) - len(where)].rstrip("/")
 
     def normal(path: str) -> str:
         return posixpath.normpath(path.replace("\\", "/").removeprefix(base + "/"))

@@ -11,9 +11,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
-from config.files import open_file
 from inputs.archive import LIMIT, open_archive
 from inputs.formats import ENDINGS, HEAD, ending, hidden, image_format, readable, why_left_out
+from inputs.shards import Shards
 
 LABEL_SIDES = (".cls", ".json", ".txt")  # side files that may hold a label, the surest first
 LONGEST = 200  # characters of a label in a .cls or .txt: more is a caption
@@ -51,8 +51,8 @@ def key_of(name: str) -> str:
     return posixpath.join(folder, base.split(".", 1)[0])
 
 
-def scan(path: str, label_key: str = "label", flat: bool = False) -> Scan:
-    """Lists an archive as far as it can be read.
+def scan(source: Shards, k: int, label_key: str = "label", flat: bool = False) -> Scan:
+    """Lists archive ``k`` as far as it can be read.
 
     Hard and symbolic links to members of the archive are those members under another name.
 
@@ -61,11 +61,11 @@ def scan(path: str, label_key: str = "label", flat: bool = False) -> Scan:
         flat: labels are written elsewhere: side files are not looked at.
 
     Raises:
-        ValueError: it is no tar archive, or a side file is no text or JSON.
+        ValueError: it is no tar archive, or a side file is no text or JSON. Unreachable: at a URL that does not answer.
     """
-    result, texts, links = Scan(), {}, []
+    result, texts, links, path = Scan(), {}, [], source.name(k)
     try:
-        with open_file(path) as file, open_archive(file) as archive:
+        with source.open(k) as file, open_archive(file) as archive:
             try:
                 for member in archive:
                     _sort_in(archive, member, result, texts, links)

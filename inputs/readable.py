@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from config.urls import is_url
 from inputs.bad_files import budget, load
 from inputs.decode import BadImage, decode_reduced, jpeg_size, open_image
 from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
+from inputs.shards import in_threads
 from inputs.transforms import to_pixels
 from inputs.views import Joined, Source, View, fingerprint
 
@@ -23,8 +25,9 @@ LARGE = 2**26  # pixels above which only the header is read: 16 threads decode s
 def drop_unreadable(source: Source, max_bad: float) -> Source:
     """The images that can be used; its attribute ``dropped``, if it has one, holds a message for each that cannot.
 
-    JPEGs are decoded at an eighth of their size, which reads all of the file; other images whole. The result is kept
-    beside the index for as long as the images and the times of their files are the same; what was bad is looked at anew
+    JPEGs are decoded at an eighth of their size, which reads all of the file; other images whole. At a URL that is as
+    much as one evaluation reads, and the cache fills by it. The result is kept beside the index for as long as the
+    images and the times of their files are the same; what was bad is looked at anew
     each time.
 
     Raises:
@@ -37,7 +40,7 @@ def drop_unreadable(source: Source, max_bad: float) -> Source:
     index = open_or_build(
         base.root,
         f"{INDEX_NAME}_checked",
-        None,
+        base.cache_dir,
         build=lambda file: IndexWriter(file).finish([array("q", _scan(source, base.root))], known),
         is_current=lambda index: index.meta == known,
     )
@@ -67,6 +70,8 @@ def _base(source: Source) -> Source | None:
 
 def _stamp(source: Source, base: Source) -> str:
     """Changes when a file is written anew, for as many files as can be asked quickly."""
+    if hasattr(base, "shards"):
+        return str(base.shards.stamps)
     if hasattr(base, "stamps"):
         return str(base.stamps)
     if not hasattr(base, "path") or len(source) > STAMPED:
@@ -90,11 +95,15 @@ def _stats(source: Source, first: int) -> str:
 def _scan(source: Source, root: str) -> Iterator[int]:
     """Numbers of the images that cannot be used, with a progress line."""
     chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+
+    def look(k: int) -> list[int]:
+        return [i for i in chunks[k] if _fault(source, i)]
+
     report = Progress(root, len(chunks), "parts", doing="checking the validation images of")
-    with ThreadPoolExecutor(min(THREADS, 2 * (os.cpu_count() or 1))) as pool:
-        for chunk, bad in zip(chunks, pool.map(lambda chunk: [i for i in chunk if _fault(source, i)], chunks)):
-            report.add(len(chunk))
-            yield from bad
+    threads = THREADS if is_url(root) else min(THREADS, 2 * (os.cpu_count() or 1))  # a connection makes them wait
+    for chunk, bad in zip(chunks, in_threads(look, len(chunks), threads)):
+        report.add(len(chunk))
+        yield from bad
     report.close()
 
 

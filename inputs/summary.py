@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from PIL import Image
@@ -11,7 +10,9 @@ from inputs.decode import JPEG_START, open_image
 from inputs.formats import listed
 from inputs.labelled import Labelled
 from inputs.names import order_of
+from inputs.shards import in_threads
 from inputs.views import Joined, Source, View
+from utils import Unreachable
 
 SAMPLE = 1000  # images whose headers are read; of fewer, every one
 
@@ -48,9 +49,8 @@ def describe(train: Source, val: Source, how: str) -> str:
 def look_at(source: Source) -> tuple[int, Counter]:
     """(headers looked at, how many images of each kind that is not used just as it is)."""
     places = np.linspace(0, len(source) - 1, min(SAMPLE, len(source)), dtype=np.int64).tolist()
-    with ThreadPoolExecutor(16) as pool:
-        found = pool.map(lambda i: _traits(source, i), places)
-        return len(places), Counter(trait for traits in found for trait in traits)
+    found = in_threads(lambda k: _traits(source, places[k]), len(places), 16)
+    return len(places), Counter(trait for traits in found for trait in traits)
 
 
 def _traits(source: Source, i: int) -> list[str]:
@@ -59,6 +59,8 @@ def _traits(source: Source, i: int) -> list[str]:
         if isinstance(data, bytes) and data.startswith(JPEG_START):
             return []
         image = data if isinstance(data, Image.Image) else open_image(data)
+    except Unreachable:
+        raise
     except Exception:  # PIL's plugins let many types through on broken files
         return ["not to be opened"]
     traits = []

@@ -7,20 +7,20 @@ through a shard from its beginning; the curriculum's sampler asks for images by 
 import os
 import re
 from array import array
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from inputs.decode import BadImage
-from inputs.formats import ending, hidden, listed, readable
-from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
+from inputs.formats import ending, listed, readable
+from inputs.index_file import IndexWriter, Progress, open_or_build
 from inputs.members import LABEL_SIDES, Member, Scan, scan
 from inputs.names import NameWriter, hash_of, natural, packed_name, packed_names
+from inputs.shards import Shards, in_threads, index_name, open_shards
 
-OPEN_FILES = 64
 FORMAT = 2  # of what the index holds; others are built again
 
 
@@ -32,13 +32,16 @@ class TarIndex:
     Classes are sorted, numbers as numbers. Nothing is guessed: side files that state no label are refused.
 
     Args:
-        root, cache_dir, classes, flat: as `FolderIndex` has them. pattern: of the archives' names.
+        root: a folder, one archive, or a URL as `RemoteShards` reads it.
+        cache_dir, classes, flat: as `FolderIndex` has them. pattern: of the archives' names.
         label_key: of the label in .json side files.
+        cache_size: bytes of archives at a URL that ``cache_dir`` may hold; None: none are kept.
         several: images may have several labels (lists in .json files); `label` then gives a tuple.
 
     Raises:
         ValueError: no archive, something that is not an archive, no images, images without or with several labels, or
             a class that is not in ``classes``.
+        Unreachable: a URL that does not answer.
     """
 
     def __init__(
@@ -50,35 +53,29 @@ class TarIndex:
         label_key: str = "label",
         flat: bool = False,
         several: bool = False,
+        cache_size: int | None = None,
     ):
-        path = Path(root).absolute()
-        self.root = os.fspath(path.parent if path.is_file() else path)
-        found = [path] if path.is_file() else [p for p in path.glob(pattern) if p.is_file()]
-        self.shards = sorted(p.name for p in found if not hidden(p.name))
-        if not self.shards:
-            raise ValueError(f"--data_path: there is no {pattern} in {path}")
-        self.stamps = [_stamp(os.path.join(self.root, shard)) for shard in self.shards]
-        expected = {"format": FORMAT, "shards": self.shards, "stamps": self.stamps, "readable": sorted(readable())}
-        expected["label_key"] = None if flat else label_key
-        name = path.name if path.is_file() else pattern.replace("*", "_")
+        self.shards = open_shards(root, pattern, cache_dir, cache_size)
+        self.root, self.cache_dir = self.shards.root, cache_dir
+        expected = {"format": FORMAT, "shards": self.shards.names, "stamps": self.shards.stamps}
+        expected |= {"readable": sorted(readable()), "label_key": None if flat else label_key}
         self._index = open_or_build(
             self.root,
-            f"{INDEX_NAME}_{name}" + "_flat" * flat,
+            index_name(self.shards) + "_flat" * flat,
             cache_dir,
-            build=lambda file: _write_index(file, self.root, expected),
+            build=lambda file: _write_index(file, self.shards, expected),
             is_current=lambda index: {key: index.meta.get(key) for key in expected} == expected,
         )
         names = self._index.meta["classes"]
         self.classes: list[str] = list(classes) if classes is not None else names
         unknown = sorted(set(names) - set(self.classes))
         if unknown:
-            raise ValueError(f"{path} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
+            raise ValueError(f"{root} has {len(unknown)} classes that the training set lacks: {', '.join(unknown[:3])}")
         number = {name: label for label, name in enumerate(self.classes)}
         self._labels = np.array([number[name] for name in names])
         self.several = several
         if self._index.meta["several"] and not several:
-            raise ValueError(f"--data_path: images of {path} have several labels each; a classifier takes one")
-        self._files: OrderedDict[int, int] = OrderedDict()
+            raise ValueError(f"--data_path: images of {root} have several labels each; a classifier takes one")
 
     def __len__(self) -> int:
         return len(self._index.arrays[0])
@@ -92,11 +89,11 @@ class TarIndex:
 
     def relative(self, i: int) -> str:
         """Archive and member of image ``i``."""
-        return f"{self.shards[self._entry(i)[0]]}/{packed_name(self._index, self._index.arrays[5], i)}"
+        return f"{self.shards.names[self._entry(i)[0]]}/{packed_name(self._index, self._index.arrays[5], i)}"
 
     def relatives(self) -> Iterator[bytes]:
         """All of these, in order."""
-        begins = [os.fsencode(shard) + b"/" for shard in self.shards]
+        begins = [os.fsencode(shard) + b"/" for shard in self.shards.names]
         names = packed_names(self._index, self._index.arrays[5])
         return (begins[shard] + name for shard, name in zip(self._index.arrays[0], names))
 
@@ -109,16 +106,12 @@ class TarIndex:
         return self._index.meta["endings"], self._index.meta["left_out"]
 
     def read(self, i: int) -> bytes:
-        """Content of image ``i``. Raises OSError, or BadImage if the archive ends before it."""
-        shard, offset, size = self._entry(i)
-        data = os.pread(self._descriptor(shard), size, offset)
-        if len(data) < size:
-            raise BadImage(f"the archive is cut short: {len(data)} of {size} bytes")
-        return data
+        """Content of image ``i``. Raises as `Shards.read`."""
+        return self.shards.read(*self._entry(i))
 
     def name(self, i: int) -> str:
         shard, offset, _ = self._entry(i)
-        return f"{os.path.join(self.root, self.shards[shard])} at byte {offset}"
+        return f"{self.shards.name(shard)} at byte {offset}"
 
     def label(self, i: int) -> int | tuple[int, ...]:
         self._entry(i)
@@ -135,36 +128,16 @@ class TarIndex:
         table[np.repeat(np.arange(len(self)), np.diff(starts)), self._labels[labels]] = True
         return table
 
-    def _descriptor(self, shard: int) -> int:
-        """An open file; `os.pread` needs no position, so forked workers may share it."""
-        if shard not in self._files:
-            if len(self._files) >= OPEN_FILES:
-                os.close(self._files.popitem(last=False)[1])
-            self._files[shard] = os.open(os.path.join(self.root, self.shards[shard]), os.O_RDONLY)
-        self._files.move_to_end(shard)
-        return self._files[shard]
 
-    def __getstate__(self):
-        return self.__dict__ | {"_files": OrderedDict()}
-
-    def __del__(self):
-        for descriptor in self.__dict__.get("_files", {}).values():
-            os.close(descriptor)
-
-
-def _stamp(path: str) -> list[int]:
-    status = os.stat(path)
-    return [status.st_size, status.st_mtime_ns]
-
-
-def _write_index(file: BinaryIO, root: str, expected: dict) -> None:
+def _write_index(file: BinaryIO, source: Shards, expected: dict) -> None:
     shards, offsets, sizes, labels, starts = (array("q") for _ in range(5))
     number: dict[str, int] = {}
     writer = IndexWriter(file)
-    names, tally = NameWriter(writer), _Tally(root, expected)
-    report = Progress(root, len(expected["shards"]), "archives")
-    for k, shard in enumerate(expected["shards"]):
-        found = scan(os.path.join(root, shard), expected["label_key"] or "", flat=expected["label_key"] is None)
+    names, tally = NameWriter(writer), _Tally(source.root, expected)
+    report = Progress(source.root, len(source.names), "archives")
+    look = partial(scan, source, label_key=expected["label_key"] or "", flat=expected["label_key"] is None)
+    for k, found in enumerate(in_threads(look, len(source.names), source.readers)):
+        shard = source.names[k]
         tally.add(shard, found)
         for member in found.members:
             shards.append(k)

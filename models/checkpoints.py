@@ -138,9 +138,8 @@ def load(path: str | Path) -> dict[str, Any]:
         raise BadCheckpoint(f"{path} is not a checkpoint of this project")
     version = payload.get("format_version")
     if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
-        raise BadCheckpoint(
-            f"{path} has format version {str(version)[:40]}; this code reads versions 1 to {FORMAT_VERSION}"
-        )
+        said = " ".join(str(version).split())[:40]
+        raise BadCheckpoint(f"{path} has format version {said}; this code reads versions 1 to {FORMAT_VERSION}")
     if missing := [key for key in KEYS if key not in payload]:
         raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
     try:

@@ -99,13 +99,15 @@ def check_name_from_file(name: Any, arguments: Any, source: str) -> None:
             are no plain values of ordinary size.
     """
     if not isinstance(name, str) or ":" in name or "/" in name:
+        said = " ".join(str(name).split())[:100]
         raise ValueError(
-            f"{source} asks for the model {str(name)[:100]!r}, which is code from outside this project and may do "
-            f"anything; if you trust it, name it yourself: --model {str(name)[:100]}"
+            f"{source} asks for the model {said!r}, which is code from outside this project and may do anything; if "
+            f"you trust it, name it yourself: --model {said}"
         )
     for key, value in (arguments or {}).items():
         if key in _FETCHING or not _is_modest(value):
-            raise ValueError(f"{source} gives the model an argument that no file may set: {key} {str(value)[:100]}")
+            said = " ".join(f"{key} {value}".split())[:100]
+            raise ValueError(f"{source} gives the model an argument that no file may set: {said}")
 
 
 def build_from_file(

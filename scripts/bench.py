@@ -12,6 +12,7 @@ from pathlib import Path
 
 import bench_index
 import bench_input
+import bench_shards
 import torch
 from speed import Photos, compute_of, in_turn, loop_and_bare, run_plan
 
@@ -196,6 +197,12 @@ def main() -> None:
     command.add_argument("--classes", type=positive, default=19_167)
     command.add_argument("--workers", type=positive, default=4)
     command.set_defaults(run=bench_index.run)
+
+    command = commands.add_parser("shards", help=bench_shards.run.__doc__)
+    command.add_argument("--images", type=positive, default=2000, help="of the passes")
+    command.add_argument("--members", type=positive, default=13_000_000, help="of the simulated set")
+    command.add_argument("--repetitions", type=positive, default=5)
+    command.set_defaults(run=bench_shards.run)
 
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")

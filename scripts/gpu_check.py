@@ -89,7 +89,9 @@ def main() -> int:
     }
     failed = [row for row in rows if row["met"] is False]
     print("\n" + table(rows, about))
-    (args.output / "gpu_check.json").write_text(json.dumps({"about": about, "rows": rows}, indent=1) + "\n")
+    (args.output / "gpu_check.json").write_text(
+        json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
+    )
     print(f"\n{len(failed)} of {len(rows)} bars missed" if failed else "\nno bar was missed")
     return 1 if failed else 0
 

@@ -22,6 +22,8 @@ from test_results import results
 from test_search import search
 from test_slurm import Cluster
 
+from tests.buckets import pack, s3_server, upload
+
 PAGES = ("README.md", "TRAINING.md", "EVAL.md", "docs/method.md")
 TESTED_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh")
 SPEEDS = {"images_per_s": {"96": 5200, "160": 2050, "224": 1060}}
@@ -116,8 +118,25 @@ def test_there_are_commands():
     assert {page for page, _ in commands()} >= {"README.md", "TRAINING.md"}
 
 
+@pytest.fixture
+def bucket(site, monkeypatch, tmp_path):
+    """The s3://bucket of the commands: the site's images in a shard for each class."""
+    pytest.importorskip("moto")
+    pytest.importorskip("s3fs")
+    for folder in (site / "data/imagenet").glob("*/*"):
+        members = [(f"{folder.name}/{path.name}", path.read_bytes()) for path in sorted(folder.iterdir())]
+        shard = tmp_path / folder.parent.name / f"{folder.name}.tar"
+        shard.parent.mkdir(exist_ok=True)
+        shard.write_bytes(pack(members))
+    with s3_server(monkeypatch.setenv) as client:
+        upload(client, "bucket", tmp_path, "imagenet/")
+        yield
+
+
 @pytest.mark.parametrize("page, command", commands())
-def test_command(page, command, run_main, site, tmp_path):
+def test_command(page, command, run_main, site, tmp_path, request):
+    if "s3://" in command:
+        request.getfixturevalue("bucket")
     words = shlex.split(command)
     if words[0] == "bash":
         words = words[1:]

@@ -49,3 +49,14 @@ def test_simulated_index(monkeypatch):
     result = bench_index.run(argparse.Namespace(images=50_000, classes=70, workers=2))
     assert result["images"] == 50_000 and result["opened_s"] < 2 and result["worker_private_mb"] < 50
     sys.modules.pop("bench_index")
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+def test_shards_at_a_url(monkeypatch, capfd):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    bench_shards = importlib.import_module("bench_shards")
+    monkeypatch.setattr(bench_shards, "LOOKUPS", 2000)
+    monkeypatch.setattr("inputs.tar.scan", importlib.import_module("inputs.tar").scan)  # which it replaces
+    result = bench_shards.run(argparse.Namespace(images=4, members=30_000, repetitions=1))
+    assert result["cached_to_local"] > 0 and result["index_mb"] == pytest.approx(30_000 * 65 / 1e6, rel=0.2)
+    assert result["private_mb"] < 50 and "look-ups" in capfd.readouterr().out

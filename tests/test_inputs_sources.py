@@ -1,6 +1,5 @@
-"""Data sets other than one folder: tar archives against timm's reader, views against brute force, Hugging Face."""
+"""Data sets other than one folder: tar archives against timm's reader, views against brute force."""
 
-import importlib.util
 import io
 import pickle
 import random
@@ -285,34 +284,7 @@ def test_names(tmp_path, shards):
         open_source("lmdb", tmp_path, "train")
 
 
-@pytest.mark.parametrize("name", ["tfds/imagenet2012", "hfids/x", "wds/x"])
+@pytest.mark.parametrize("name", ["hfids/x", "wds/x"])
 def test_streams_are_refused_with_a_way_out(tmp_path, name):
     with pytest.raises(ValueError, match=f"--data_set {name}.*by number.*tar"):
         open_source(name, tmp_path, "train")
-
-
-@pytest.mark.extended
-def test_hugging_face(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    labels = [0, 1, 1, 0, 1, 0]
-    table = pyarrow.table({"image": [{"bytes": jpeg(k), "path": None} for k in range(6)], "label": labels})
-    (tmp_path / "data").mkdir()
-    parquet.write_table(table, tmp_path / "data/train.parquet")
-    source = open_source(f"hfds/{tmp_path / 'data'}", tmp_path / "cache", "train")
-    assert source.classes == ["0", "1"] and source.labels().tolist() == labels
-    for opened in (source, pickle.loads(pickle.dumps(source))):
-        assert [opened.label(i) for i in range(6)] == labels
-        assert np.array_equal(decode(opened.read(4)), decode(jpeg(4)))
-    with pytest.raises(ValueError, match="split nothing"):
-        open_source(f"hfds/{tmp_path / 'data'}", tmp_path / "cache", "nothing")
-    with pytest.raises(ValueError, match="training lacks: 1"):
-        open_source(f"hfds/{tmp_path / 'data'}", tmp_path / "cache", "train", classes=["0"])
-
-
-def test_hugging_face_without_the_package(tmp_path):
-    if importlib.util.find_spec("pyarrow"):
-        pytest.skip("the package is installed")
-    with pytest.raises(ValueError, match="pip install datasets"):
-        open_source("hfds/x", tmp_path, "train")

@@ -18,6 +18,7 @@ from inputs.folder import FolderIndex
 from inputs.imagenet import validation_labels
 from inputs.labelled import Labelled
 from inputs.members import key_of, label_text, scan
+from inputs.shards import LocalShards
 from inputs.tables import read_table
 from inputs.tar import TarIndex
 from inputs.views import hold_out, in_order, map_classes
@@ -459,4 +460,4 @@ def test_shards_of_any_make_equal_a_direct_reading(tmp_path):
             for i in range(len(index))
         }
         assert found == truth
-        assert len(scan(str(tmp_path / f"{number}.tar")).members) == 20
+        assert len(scan(LocalShards(tmp_path / f"{number}.tar", "*.tar"), 0).members) == 20

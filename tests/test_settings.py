@@ -30,7 +30,7 @@ from config import Config, UsageError, to_yaml
 from curriculum.sampler import derive_seed
 from datasets import build_source
 from engine import forward_loss
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from models import load_weights
 from training.build import make_batches, make_finish, make_train_set
 
@@ -57,7 +57,8 @@ class Parts:
 
     @cached_property
     def session(self):
-        session = main.prepare(self.config, CPU)
+        writer = main.OneWriter(Path(self.config.output_dir), CPU)
+        session = main.prepare(self.config, CPU, writer)
         session.agreement.close()
         return session
 
@@ -245,7 +246,7 @@ def _(make):
     got = []
     make.monkeypatch.setattr(main, "load_weights", lambda *a, **k: got.append(k) or load_weights(*a, **k))
     assert make(finetune=make.checkpoint, head_init_scale=0.25).model
-    assert got == [{"head_init_scale": 0.25}]
+    assert [words["head_init_scale"] for words in got] == [0.25]
 
 
 # -- optimization ------------------------------------------------------------------------------------------------------
@@ -332,13 +333,34 @@ def _(make):
     consumers = {
         training.validation: validated,
         commands.evaluate: lambda p: commands.evaluate.evaluate_weights(p.config, CPU),
-        commands.predict: lambda p: predict(p.config, {"crop_pct"}, CPU),
+        commands.predict: lambda p: predict(p.config, {"model", "crop_pct"}, CPU),
     }
     for module, call in consumers.items():
         make.monkeypatch.setattr(module, "EvalTransform", stop)
         weights = {} if module is training.validation else {"resume": make.checkpoint, "predict": str(make.folder)}
         with pytest.raises(Reached, match=r"0\.5"):
             call(make(crop_pct=0.5, **weights))
+
+
+def normalised(setting, value, default):
+    """Training, fine-tuning, --eval and --predict all normalise by what is stated, and else by the weights' own."""
+
+    @special(setting)
+    def _(make):
+        taken = []
+        spy = lambda **words: taken.append(words[setting]) or Finish(**words)  # noqa: E731
+        make.monkeypatch.setattr(training.build, "Finish", spy)
+        for stated in ({setting: value}, {}):
+            taken.clear()
+            assert make(**stated).training and make(finetune=make.checkpoint, **stated).training
+            weights = {"resume": make.checkpoint, "input_size": 32, "predict": str(make.folder / "val"), **stated}
+            assert commands.evaluate.evaluate_weights(make(**weights).config, CPU) == 0
+            assert predict(make(**weights).config, {"model", *stated}, CPU) == 0
+            assert len(taken) >= 4 and set(taken) == {stated.get(setting, default)}
+
+
+normalised("mean", (0.5, 0.25, 0.125), IMAGENET_MEAN)
+normalised("std", (0.5, 0.25, 0.125), IMAGENET_STD)
 
 
 # -- where the data lie ------------------------------------------------------------------------------------------------
@@ -529,7 +551,7 @@ def labelled(make, **settings):
     """What --predict prints of the 15 validation images."""
     where = {"resume": make.checkpoint, "predict": str(make.folder / "val")}
     make.capsys.readouterr()
-    assert predict(make(**where, **settings).config, set(), CPU) == 0
+    assert predict(make(**where, **settings).config, {"model"}, CPU) == 0
     lines = [json.loads(line) for line in make.capsys.readouterr().out.splitlines()]
     assert len(lines) == (0 if "predict_to" in settings else 15)
     return lines

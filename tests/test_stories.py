@@ -11,6 +11,8 @@ import pytest
 from conftest import ROOT, flags, script, write_images
 from PIL import Image
 
+from tests.buckets import pack, s3_server
+
 # The network, the sizes, the batch and the rest stay the recipe's.
 REDUCED = ["--epochs", "2", "--device", "cpu", "--num_workers", "0"]
 NOT_TRAINING = {"--suggest", "--plan", "--eval", "--predict"}
@@ -44,7 +46,8 @@ def follow(main_program, monkeypatch, tmp_path, capsys):
     return run
 
 
-def test_tutorial(follow, tmp_path):
+def test_tutorial(follow, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     rng = random.Random(0)
     for label, (name, count) in enumerate((("cat", 30), ("dog", 22), ("newt", 12))):
         for k in range(count):
@@ -56,7 +59,23 @@ def test_tutorial(follow, tmp_path):
             Image.blend(image, Image.new("RGB", size, tint), 0.6).save(
                 folder / f"photo {k}.{'jpg' if k % 4 else 'png'}"
             )
-    said = dict(follow("docs/tutorial.md"))
+    photos = sorted((tmp_path / "photos").rglob("photo *"))
+    (tmp_path / "herbarium").mkdir()
+    rows = ["file,label"]
+    for k, path in enumerate(photos):
+        rows.append(f"IMG_{k:04d}{path.suffix},{path.parent.name}")
+        (tmp_path / f"herbarium/IMG_{k:04d}{path.suffix}").write_bytes(path.read_bytes())
+    (tmp_path / "herbarium/labels.csv").write_text("\n".join(rows))
+    shard = pack([(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in photos])
+    with s3_server(monkeypatch.setenv) as client:
+        client.create_bucket(Bucket="my-bucket")
+        client.put_object(Bucket="my-bucket", Key="photos/photos-000.tar", Body=shard)
+        said = dict(follow("docs/tutorial.md"))
+    for name, there in (("table", "herbarium"), ("bucket", "s3://my-bucket/photos")):
+        (trained,) = (text for line, text in said.items() if f"--recipe output/{name}" in line)
+        first = next(line for line in trained.splitlines() if line.startswith("data: "))
+        assert "held out by a hash of their paths, --val_share 20%" in first and "cat, dog, newt" in first
+        assert f"{there}: " in first and "14 .png" in first
     page = (ROOT / "docs" / "tutorial.md").read_text()
     recipe = (tmp_path / "output/photos/recipe.yaml").read_text()
     for snippet in ("model: resnet18", "curriculum: efficienttrain++", "input_size: 64", "of timm's will do"):

@@ -396,10 +396,12 @@ def test_a_poisoned_run_folder_is_one_line(run, tmp_path, capsys, name, poison):
     code = script("report").main([str(target)])
     err = capsys.readouterr().err
     assert code in (0, 1) and "Traceback" not in err
+    if name == "log.txt" and err.startswith("warning: "):  # a damaged line is passed over, aloud
+        err = err.partition("\n")[2]
     assert err.count("\n") == code and (code == 0 or err.startswith("error: "))
     code = script("results").main([str(target)])
     err = capsys.readouterr().err
-    assert code in (0, 1) and len(err.splitlines()) <= 2
+    assert code in (0, 1) and len(err.splitlines()) <= 3
     with_model = ["--model", "tests.tiny_models:convnet", "--output", str(tmp_path / "out"), "--images", "4"]
     try:
         code = script("analyze").main(["spectra", str(target), *with_model]) if name == "config.yaml" else 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
@@ -24,6 +25,7 @@ from config.files import read_bytes
 from curriculum import Pass, Plan
 from utils import write_text
 
+MOST_DAMAGED = 1000
 ROUNDING = 1e-9  # progress that rounding may add
 
 
@@ -51,7 +53,7 @@ class RunLog:
     def _cut(self, logged: float, unwritten: str) -> None:
         """A damaged line stays where it is; the piece that a kill left of the last one is the start of one to come."""
         before = read_bytes(self.path) if self.path.exists() else b""
-        lines = before.decode("utf-8", "surrogateescape").splitlines(keepends=True)
+        lines = [line.decode("utf-8", "surrogateescape") for line in io.BytesIO(before)]
         records = [parse_record(line) for line in lines]
         if lines and records[-1] is None and not lines[-1].endswith("\n"):
             del lines[-1]
@@ -62,7 +64,7 @@ class RunLog:
             print(f"warning: {self.path} has {damaged} damaged lines; they are kept, and passed over", flush=True)
         kept += [line for line in unwritten.splitlines(keepends=True) if line not in kept]
         after = "".join(kept).encode("utf-8", "surrogateescape")
-        if after != before:
+        if after != before or not self.path.exists():
             write_text(self.path, "".join(kept))
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -161,13 +163,24 @@ def parse_record(line: str) -> dict[str, Any] | None:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.txt. Damaged lines are passed over, and said on standard error."""
-    lines = read_bytes(path).decode("utf-8", "surrogateescape").splitlines()
-    records = [parse_record(line) for line in lines]
-    for number, record in enumerate(records[:-1], 1):  # the last one may be in the making
-        if record is None:
-            print(f"warning: {path} line {number} is damaged and passed over", file=sys.stderr)
-    return [record for record in records if record is not None]
+    """The records of a log.txt. Damaged lines are passed over, and said on standard error.
+
+    Raises:
+        ValueError: it has more than 1,000 of them: it is something else.
+    """
+    records, damaged = [], []
+    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+        record = parse_record(line.decode("utf-8", "surrogateescape"))
+        if record is not None:
+            records.append(record)
+        elif line.endswith(b"\n"):  # else it is in the making, or a kill cut it short
+            damaged.append(number)
+        if len(damaged) > MOST_DAMAGED:
+            raise ValueError(f"{path} is no log of a run: more than {MOST_DAMAGED:,} lines hold no record")
+    if damaged:
+        listed = ", ".join(map(str, damaged[:5])) + ", ..." * (len(damaged) > 5)
+        print(f"warning: {path} line {listed} is damaged and passed over", file=sys.stderr)
+    return records
 
 
 class Progress:
