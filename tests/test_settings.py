@@ -601,7 +601,7 @@ def _(make):
 DETECTION = {
     **{"task": "detection", "data_set": "coco", "model": "convnext_atto", "test_side": 96, "max_side": 192},
     **{"magnitude": "none", "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "smoothing": 0.0, "curriculum": "none"},
-    "head_args": {"channels": 16, "width": 16},
+    **{"head_args": {"channels": 16}, "train_sides": [96, 128]},
 }
 SEGMENTATION = {**DETECTION, "task": "segmentation", "data_set": "masks", "crop": 64, "head_args": {"width": 16}}
 
@@ -627,7 +627,7 @@ def test_transform(p):
 wired("schedule", "poly", lambda p: p.plan.schedule)
 wired("lr_steps", ["40%"], lambda p: list(plan_of(p).lr_steps), schedule="steps", lr_steps=["50%"])
 wired("head", "retinanet", lambda p: type(detector(p)).__name__, "RetinaNet", **DETECTION)
-wired("head_args", {"masks": False, "channels": 8, "width": 16}, lambda p: heads(detector(p)), (0, 8), **DETECTION)
+wired("head_args", {"masks": False, "channels": 8}, lambda p: heads(detector(p)), (0, 8), **DETECTION)
 wired("train_sides", [64, 96], lambda p: list(scene_transform(p).sides), **DETECTION)
 wired(
     "max_side",
