@@ -4,14 +4,13 @@ import copy
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 import zlib
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint_fields, flags, script
+from conftest import checkpoint_fields, flags, script
 from test_faults_fuzz import sign
 
 from config import UsageError, load_recipe
@@ -289,8 +288,8 @@ def test_towers_of_recipes_are_read_once(tmp_path):
 
 @pytest.mark.parametrize("where", ["recipe", "resume", "finetune", "predict", "class_map", "speeds", "curriculum"])
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_what_is_no_file_is_not_read(tmp_path, folder, ours, where, kind):
-    """Wherever a file may be given: a FIFO that nobody writes, or a device without an end. In a process of its own."""
+def test_what_is_no_file_is_not_read(tmp_path, folder, ours, main_program, capsys, where, kind):
+    """Wherever a file may be given: a FIFO that nobody writes, or a device without an end."""
     path = tmp_path / ("x.jpg" if where == "predict" else "x.yaml" if where == "curriculum" else "x")
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
     argv = flags(output_dir=tmp_path / "out", data_path=folder, epochs=1)
@@ -298,11 +297,23 @@ def test_what_is_no_file_is_not_read(tmp_path, folder, ours, where, kind):
         argv = ["--resume", str(ours()), "--device", "cpu"]
     if where == "speeds":
         argv += ["--plan", "table"]
-    argv += [f"--{where}", str(path)]
-    command = [sys.executable, "-c", "import sys; from main import main; sys.exit(main(sys.argv[1:]))", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert any(line.startswith("error: ") for line in done.stderr.splitlines())
+    late = []
+
+    def too_long(*_):
+        late.append(True)  # whoever catches the error
+        raise AssertionError("it waits, or reads without end")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(30)
+    try:
+        code = main_program([*argv, f"--{where}", str(path)])
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    err = capsys.readouterr().err
+    assert not late and code in (1, 2) and any(line.startswith("error: ") for line in err.splitlines()), err
 
 
 # ---- the index of images ---------------------------------------------------------------------------------------------
