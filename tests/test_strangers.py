@@ -149,8 +149,8 @@ FIELDS += [("best", "weights"), ("optimizer", "state"), ("optimizer", "param_gro
 
 @pytest.mark.parametrize("field", FIELDS, ids="-".join)
 def test_a_field_of_another_type_is_one_line(ours, predict, field):
-    """Every field x many values: the answer, or one line; the extended run asks every command."""
-    refused = 0
+    """Every field x many values: refused with one line, or used for an answer (tried for the first three)."""
+    refused = tried = 0
     for number, value in enumerate(OTHER):
         path = ours(f"field-{'-'.join(field)}-{number}", put(*field, value=value))
         try:
@@ -158,6 +158,9 @@ def test_a_field_of_another_type_is_one_line(ours, predict, field):
         except BadCheckpoint as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
+            continue
+        tried += 1
+        if tried > 3 and not (isinstance(value, int) and value > 1 << 60):  # 2**70 took all memory once
             continue
         code, out, err = predict(path)
         assert code == 0 or (code == 1 and sum(line.startswith("error: ") for line in err.splitlines()) == 1), err
