@@ -168,8 +168,8 @@ def settle_micro_batch(
     """
     if config.micro_batch not in (None, "auto"):
         return {}
-    if state is not None:
-        sizes = state["config"]["forward_batch"]
+    if state is not None and isinstance(state["config"].get("micro_batch"), int):
+        sizes = state["config"].get("forward_batch")
         return {
             "micro_batch": state["config"]["micro_batch"],
             "forward_batch": sizes and {int(size): images for size, images in sizes.items()},

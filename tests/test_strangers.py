@@ -13,7 +13,7 @@ import torch
 from conftest import checkpoint_fields, flags, script
 from test_faults_fuzz import sign
 
-from config import UsageError, load_recipe
+from config import Config, UsageError, load_recipe, plain
 from inputs import index_file
 from inputs.folder import FolderIndex
 from models import checkpoints, create_model, load_weights
@@ -22,6 +22,7 @@ from models.export import main as export
 from models.schema import check_fields
 from training.optimizer_state import load_optimizer_state
 from training.report import write_report
+from training.run_files import read_settings
 
 OTHER = ["text", -1, 2**70, 1.5, float("nan"), True, None, [], [1], {}, {"a": 1}, {1: 2}, torch.ones(2), [[["x"]]]]
 
@@ -420,6 +421,25 @@ def test_a_poisoned_run_folder_is_one_line(run, tmp_path, capsys, name, poison):
     except SystemExit as stop:
         code = stop.code
     assert code in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "place", [("input_size",), ("identity",), ("config", "micro_batch"), ("config", "forward_batch")]
+)
+def test_a_run_resumes_without_what_a_checkpoint_need_not_hold(run, folder, tmp_path, main_program, place):
+    content = checkpoints.load(run / "checkpoint-last.pth")
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part.pop(place[-1])
+    checkpoints.save(tmp_path / "x.pth", content)
+    argv = flags(output_dir=tmp_path / "out", data_path=folder, epochs=1, resume=tmp_path / "x.pth", micro_batch=None)
+    assert main_program(argv) == 0
+
+
+def test_settings_that_a_file_does_not_state_are_the_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    assert read_settings(tmp_path) == {**plain(Config()), "epochs": 3}
 
 
 def test_nothing_of_a_file_runs_in_the_report(run, tmp_path):
