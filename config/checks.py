@@ -21,8 +21,9 @@ _RANGES = {
     ),
     "at least 1": (
         lambda x: x >= 1,
-        "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
+        "input_size eval_size batch_size num_images devices val_per_class top_k",
     ),
+    "from 1 to 1,048,576": (lambda x: 1 <= x <= 1 << 20, "num_classes"),  # a file's; each has a name in memory
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
     "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad"),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),

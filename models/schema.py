@@ -100,6 +100,8 @@ def check_fields(payload: dict[str, Any]) -> None:
             raise ValueError(str(error).replace("`$", f"`{place}").replace("`.", "`")) from None
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
+        except (AttributeError, TypeError):  # msgspec takes a tensor for a mapping
+            raise ValueError("it holds a tensor where it must hold a mapping") from None
     for key in ("model", "model_ema", "optimizer"):
         if not all(is_ordinary(tensor) for tensor in _tensors(payload[key])):
             raise ValueError(f"`{key}` holds a tensor that is not an ordinary, dense one")

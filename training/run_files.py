@@ -11,7 +11,7 @@ from typing_extensions import Required, TypedDict
 
 from config import Config
 from config.files import read_text
-from config.recipes import read_yaml
+from config.recipes import plain, read_yaml
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
@@ -85,7 +85,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(2, "No such file or directory", str(path))
     settings = read_yaml(path, "the settings")
     config = _convert(settings, Config, path)
-    return {**msgspec.to_builtins(config), **settings}
+    return {**plain(config), **settings}
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
