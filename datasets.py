@@ -10,10 +10,11 @@ from functools import cache
 from multiprocessing.util import Finalize
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DataConfig, as_usage
+from config import Config, as_usage
 from config.checks import parse_share
 from curriculum import CurriculumSampler
 from curriculum.sampler import REPLAY, derive_seed
@@ -26,10 +27,10 @@ from inputs.splits import find_split
 from inputs.summary import describe
 from inputs.tables import read_table
 from inputs.transforms import EvalTransform, TrainTransform, collate
-from inputs.views import Source, hold_out, in_order, map_classes
+from inputs.views import Source, hold_out, in_order, map_classes, targets
 
 
-def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None = None) -> Source:
+def build_source(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
     """The training or the validation set that the settings name.
 
     Args:
@@ -42,7 +43,7 @@ def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None 
         return _build_source(config, train, classes)
 
 
-def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None) -> Source:
+def _build_source(config: Config, train: bool, classes: Sequence[str] | None) -> Source:
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise ValueError("--data_path is not set: name the folder that holds the data set")
     if holds_out(config):
@@ -63,7 +64,7 @@ def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None
     return in_order(source, classes)
 
 
-def describe_data(config: DataConfig, sources: tuple[Source, Source]) -> list[str]:
+def describe_data(config: Config, sources: tuple[Source, Source]) -> list[str]:
     """What was read, in one line, and a warning if validation images cannot be used."""
     if holds_out(config):
         amount = f"--val_share {config.val_share}" if config.val_share else f"--val_per_class {config.val_per_class}"
@@ -84,22 +85,25 @@ def dropped_line(source: Source) -> list[str]:
     ]
 
 
-def holds_out(config: DataConfig) -> bool:
+def holds_out(config: Config) -> bool:
     """Whether validation images are a part of the training split."""
     return config.val_per_class is not None or config.val_share is not None
 
 
-def _open(config: DataConfig, split: str, part: str, classes: list[str] | None = None) -> Source:
+def _open(config: Config, split: str, part: str, classes: list[str] | None = None) -> Source:
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
-    table = read_table(config.labels, config.label_columns, config.label_separator) if config.labels else None
-    return open_source(config.data_set, config.data_path, split, classes, part, table, config.label_key)
+    several, table = config.task == "multilabel", None
+    if config.labels:
+        table = read_table(config.labels, config.label_columns, config.label_separator, several)
+    return open_source(config.data_set, config.data_path, split, classes, part, table, config.label_key, several)
 
 
 class TrainSet(Dataset):
     """Items are asked for by the sampler's ``(index, size, magnitude, seed)`` and depend on nothing else.
 
-    An item is (uint8 image, label), and under augmentation on the device (image, label, its random choices).
+    An item is (uint8 image, target), and under augmentation on the device (image, target, its random choices); targets
+    are those of `inputs.views.targets`.
     """
 
     def __init__(self, source: Source, transform: TrainTransform | DeviceTransform, bad_files: BadFiles) -> None:
@@ -113,11 +117,12 @@ class TrainSet(Dataset):
         result, label = self.bad_files.load(
             self.source, index, seed, lambda data: self.transform(data, size, magnitude, seed)
         )
-        return (result[0], label, result[1]) if isinstance(result, tuple) else (result, label)
+        target = targets(label, len(self.source.classes))
+        return (result[0], target, result[1]) if isinstance(result, tuple) else (result, target)
 
 
 class EvalSet(Dataset):
-    """Items are (uint8 image (3, S, S), label, index). An image that cannot be used is an error, never replaced."""
+    """Items are (uint8 image (3, S, S), target, index). An image that cannot be used is an error, never replaced."""
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
         self.source, self.transform = source, transform
@@ -125,8 +130,9 @@ class EvalSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return load(self.source, index, self.transform), self.source.label(index), index
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | np.ndarray, int]:
+        target = targets(self.source.label(index), len(self.source.classes))
+        return load(self.source, index, self.transform), target, index
 
 
 def training_batches(
@@ -137,7 +143,7 @@ def training_batches(
     augment: DeviceAugment | None = None,
     replay_memory: float = 0.0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,), one per forward pass.
+    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,) or (N, classes), one per forward pass.
 
     One loader serves it all: workers start once and prefetch across epochs, stages and evaluations.
 

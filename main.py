@@ -134,7 +134,7 @@ def prepare(config: Config, topology: Topology) -> Session | None:
 
     if topology.is_main:
         start_folder(output, config, topology, plan, summary)
-        print("\n".join([table(summary, config.baseline_epochs), *replay]), flush=True)
+        print("\n".join([table(summary, config.baseline), *replay]), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from config import Config, UsageError
 from curriculum import CurriculumSampler, Plan
 from engine import forward_loss
-from training.build import make_training, place
+from training.build import blank_targets, make_training, place
 from utils import Topology, all_min
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
@@ -102,11 +102,12 @@ def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device
     sampler = CurriculumSampler(plan, micro_batch=2 - plan.batch_size % 2)
     training = make_training(config, plan, sampler, model.train(), model.num_classes)
     loaded = plan.loaded_size(size)
+    targets = blank_targets(config, images, model.num_classes)
     groups = range(images // training.sampler.micro_batch)
 
     def step() -> None:
         batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
-        loss = forward_loss(training, batch, torch.zeros(images, dtype=torch.long), epoch, 0, groups)
+        loss = forward_loss(training, batch, targets, epoch, 0, groups)
         training.scaler.scale(loss).backward()
         training.scaler.step(training.optimizer)
         training.scaler.update()

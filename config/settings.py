@@ -34,6 +34,8 @@ class RunConfig:
     """--predict: write to this file instead; CSV if its name ends in .csv."""
     top_k: int = 5
     """--predict: classes per image."""
+    threshold: float = 0.5
+    """--predict with a model of --task multilabel: labels of at least this probability are given."""
     eval_size: int | None = None
     """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
     plan: Literal["none", "table", "json", "picture"] = "none"
@@ -95,7 +97,8 @@ class DataConfig:
     label_columns: list[str] | None = None
     """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
     label_separator: str | None = None
-    """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
+    """--labels: what separates several labels of one image (--task multilabel), e.g. "|"; lists, repeated rows and a
+    column of 0 and 1 for each class state several, too."""
     label_key: str = "label"
     """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
     class_map: str | None = None
@@ -128,8 +131,9 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    task: Literal["supervised", "mae"] = "supervised"
-    """What is learnt: classes, or (mae) to fill in what is masked of an image, for fine-tuning later."""
+    task: Literal["supervised", "multilabel", "mae"] = "supervised"
+    """What is learned: one class per image, any number of labels per image (multilabel; from --labels or the .json
+    files of tar shards), or (mae) to fill in what is masked of an image, for fine-tuning later."""
     model: str = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
     input_size: int = 224
@@ -177,8 +181,8 @@ class CurriculumConfig:
     """The magnitude at the end, 0 to 10."""
     operator: Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None = None
     """How images are reduced to B; default: the curriculum's (efficienttrain fourier, efficienttrain++ lanczos)."""
-    baseline_epochs: float = 300
-    """Ordinary epochs that printed speed-ups compare with."""
+    baseline_epochs: float | None = None
+    """Ordinary epochs that printed speed-ups compare with; default: the run's own --epochs."""
     early_large_batch: bool = False
     """Larger batches at small sizes, (base/B)^2 rounded to a power of two times --batch_size (ET++ Section 5.3)."""
     lr_rule: Literal["sqrt", "linear"] = "sqrt"
@@ -234,7 +238,7 @@ class AugmentConfig:
     mixup_switch_prob: float = 0.5
     """Probability of CutMix when both are on."""
     smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing (--task supervised)."""
     reprob: float = 0.25
     """Probability of random erasing."""
     hflip: float = 0.5
@@ -247,3 +251,8 @@ GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, Aug
 @dataclass(kw_only=True)
 class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
     """All settings of a run (a dataclass lists the fields of its last base first)."""
+
+    @property
+    def baseline(self) -> float:
+        """Ordinary epochs that speed-ups compare with."""
+        return self.baseline_epochs or self.epochs

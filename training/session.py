@@ -51,7 +51,7 @@ class Session:
     identity: dict[str, Any]
     state: dict[str, Any] | None = None
     first: int = 0
-    best: dict[str, Any] = field(default_factory=lambda: {"acc1": -1.0})
+    best: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, plan, topology = self.config, self.plan, self.topology
@@ -59,6 +59,7 @@ class Session:
         spent = 0.0
         if self.state is not None:
             self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
+        self.best = self.best or ({self.training.task.score: -1.0} if self.training.task.score else {})
         self.state = None  # a checkpoint is as large as the model with its moments
         self.started = time.perf_counter()
         self.pass_started = self.started - spent  # a pass's time counts what was spent on it before a stop
@@ -245,7 +246,9 @@ class Session:
 
     def done(self) -> int:
         if self.topology.is_main:
-            best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
+            score = self.training.task.score
+            value, name = self.best.get(score, -1.0), {"acc1": "top-1", "map": "mAP"}.get(score)
+            best = "" if value < 0 else f", best {name} {value:.2f} %"
             bad = len(BadFiles(folder=self.output).recorded())
             replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
             took = duration_text(time.perf_counter() - self.started)
