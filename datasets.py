@@ -143,7 +143,7 @@ def training_batches(
     augment: DeviceAugment | None = None,
     replay_memory: float = 0.0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,) or (N, classes), one per forward pass.
+    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,) or (N, classes), one a forward pass.
 
     One loader serves it all: workers start once and prefetch across epochs, stages and evaluations.
 

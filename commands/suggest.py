@@ -20,10 +20,12 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from commands.estimate import run_minutes
 from config import Config, UsageError, as_usage
 from config.recipes import load_recipe
 from datasets import Source, build_source
 from inputs.splits import find_split
+from inputs.views import class_counts
 from training.build import make_model, make_plan, number_of_classes
 from utils import write_text
 
@@ -38,15 +40,19 @@ NOT_IN_RECIPE = {"suggest", "recipe", "output_dir", "data_path", "data_set"}
 
 @dataclass(frozen=True)
 class Seen:
-    """What the rules go by: images per class, the short sides (pixels) of a sample, and names that would not open."""
+    """What the rules go by: images per class, the short sides (pixels) of a sample, and names that would not open.
+
+    ``labelled``: how many images, where they have several labels each; default: as many as the classes together.
+    """
 
     counts: list[int]
     short_sides: list[int]
     unreadable: list[str] = field(default_factory=list)
+    labelled: int | None = None
 
     @property
     def images(self) -> int:
-        return sum(self.counts)
+        return sum(self.counts) if self.labelled is None else self.labelled
 
     @property
     def median_side(self) -> int:
@@ -74,8 +80,8 @@ def suggest(config: Config, said: Collection[str]) -> str:
             if row[0] not in said:
                 rows.append(row)
                 config = replace(config, **{row[0]: row[1]})
-    make_plan(config, len(source), number_of_classes(config, source))
-    return _text(config, seen, rows)
+    plan = make_plan(config, len(source), number_of_classes(config, source))
+    return _text(config, seen, rows, run_minutes(replace(config, output_dir=None), plan, source))
 
 
 def write_suggestion(config: Config, said: Collection[str]) -> int:
@@ -97,7 +103,9 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     """Which folders hold training and validation images; where none validate, some are held out."""
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise UsageError("--suggest needs --data_path: the folder that holds your images")
-    if config.data_set != "folder" or config.labels or "train_split" in said:
+    if config.labels or config.data_set == "tar":
+        return _try_layouts(config, said)
+    if config.data_set != "folder" or "train_split" in said:
         return []
     root = Path(config.data_path)
     with as_usage():
@@ -114,9 +122,34 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     return [*rows, ("val_per_class", HELD_OUT, why)]
 
 
+def _try_layouts(config: Config, said: Collection[str]) -> list[Row]:
+    """The same for images with a table of labels, or in archives: the first of a few ways in which they can be read."""
+    tasks = [] if "task" in said else [("task", "multilabel", "images have several labels each, or none")]
+    held = (
+        "val_share",
+        "10%",
+        "there is no validation set: so many of the images are held out by a hash of their paths",
+    )
+    whole = ("train_split", ".", "the images lie in no folder of a split")
+    layouts = [[], [held], [whole, held]]
+    if {"val_split", "val_per_class", "val_share"} & {*said}:
+        layouts = [[], [whole]]
+    problem = None
+    for task in ([], tasks):
+        for layout in layouts:
+            rows = [*task, *(row for row in layout if row[0] not in said)]
+            tried = replace(config, **{key: value for key, value, _ in rows})
+            try:
+                build_source(tried, train=True)
+                build_source(tried, train=False)
+                return rows
+            except UsageError as error:
+                problem = problem or error
+    raise problem
+
+
 def look(source: Source) -> Seen:
     """Class counts of all images, and the sizes that headers state: all below 20,000, else evenly spaced ones."""
-    counts = np.bincount(source.labels(), minlength=len(source.classes)).tolist()
     sides, unreadable = [], []
     for index in np.linspace(0, len(source) - 1, len(source) if len(source) < ALL else SAMPLE, dtype=np.int64).tolist():
         name = source.name(index)
@@ -129,7 +162,7 @@ def look(source: Source) -> Seen:
             unreadable.append(name)
     if not sides:
         raise UsageError(f"--data_path: none of {len(unreadable)} images can be opened, among them {unreadable[0]}")
-    return Seen(counts, sides, unreadable)
+    return Seen(class_counts(source), sides, unreadable, len(source))
 
 
 # The rules. Each takes the settings so far and what was seen.
@@ -204,7 +237,7 @@ def length(config: Config, seen: Seen) -> list[Row]:
 
 
 def baseline(config: Config, seen: Seen) -> list[Row]:
-    return [("baseline_epochs", round(1.5 * config.epochs), "the ordinary epochs that this is meant to match")]
+    return [("baseline_epochs", config.epochs, "speed-ups are told against ordinary training of this same length")]
 
 
 def machine(config: Config, seen: Seen) -> list[Row]:
@@ -218,7 +251,7 @@ def machine(config: Config, seen: Seen) -> list[Row]:
     return rows
 
 
-def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
+def _text(config: Config, seen: Seen, rows: list[Row], minutes: float) -> str:
     low, high = min(seen.counts), max(seen.counts)
     facts = [
         f"Suggested for {config.data_path or config.data_set}: {seen.images:,} images to train on, {len(seen.counts)} "
@@ -236,6 +269,11 @@ def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
             f"{len(seen.unreadable)} of {looked_at} files that were looked at cannot be opened, among them "
             f"{seen.unreadable[0]}. Training replaces up to --max_bad of the images (at least 10) and stops beyond."
         )
+    needed = f"{minutes:,.0f} minutes" if minutes >= 10 else f"{minutes:.1f} minutes"
+    facts.append(
+        f"On one device of this machine the run takes about {needed} ({config.epochs:g} full-size passes' worth of "
+        "compute, by a few steps and images timed just now); evaluations come on top."
+    )
     if seen.images < 100_000:
         facts.append(
             "So few images do better from pre-trained weights: --finetune hf_hub:timm/NAME (of this model), a tenth of "

@@ -77,8 +77,9 @@ class TarIndex:
         self._labels = np.array([number[name] for name in names])
         self.several = several
         if self._index.meta["several"] and not several:
-            raise ValueError(f"--data_path: images of {path} have several labels each: learn them with "
-                "--task multilabel")
+            raise ValueError(
+                f"--data_path: images of {path} have several labels each: learn them with --task multilabel"
+            )
         self._files: OrderedDict[int, int] = OrderedDict()
 
     def __len__(self) -> int:
