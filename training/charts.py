@@ -103,7 +103,7 @@ def legend(names: list[str], width: int) -> str:
     """One row of coloured names, right-aligned above the axes."""
     parts, x = [], float(width - RIGHT)
     for index in reversed(range(len(names))):
-        x -= 6.2 * len(names[index]) + 22
+        x -= 6.6 * len(names[index]) + 26
         colour = COLOURS[index % len(COLOURS)]
         parts.append(f'<rect x="{x}" y="22" width="10" height="4" fill="{colour}"/>' + text(x + 14, 28, names[index]))
     return "".join(parts)

@@ -41,8 +41,9 @@ body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f6f4; m
 main { max-width: 1720px; margin: auto; padding: 24px }
 h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px } h3 { font-size: 15px; margin: 16px 0 8px }
 .cards { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(440px, 100%), 1fr)); gap: 12px }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(min(420px, 100%), 34%), 1fr)); gap: 12px }
 .side { display: flex; flex-wrap: wrap; gap: 0 32px } section { max-width: 100%; overflow-x: auto }
+.halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr)); gap: 0 32px }
 .scroll { overflow-x: auto }
 .worst { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 12px }
 .worst figcaption { overflow-wrap: anywhere }
@@ -75,11 +76,11 @@ def plan_picture(plan: Plan) -> str:
     for stage in plan.stages:  # both sides of every switch
         steps |= {stage.first_step, stage.first_step + stage.steps - 1}
     rate = [(plan.equivalent_epochs(step), plan.lr_at(step)) for step in sorted(steps) if step < plan.total_steps]
-    x = f"compute, epochs at {plan.base_size}"
+    x, marks = f"compute, epochs at {plan.base_size}", [plan.equivalent_epochs(s.first_step) for s in plan.stages[1:]]
     charts = [
-        chart("Input size B", [Series("B", size)], x, "pixels", WIDTH, HEIGHT),
-        chart("RandAugment magnitude", [Series("m", magnitude)], x, "magnitude", WIDTH, HEIGHT, zero=True),
-        chart("Learning rate", [Series("learning rate", rate)], x, "learning rate", WIDTH, HEIGHT, zero=True),
+        chart("Input size B", [Series("B", size)], x, "pixels", WIDTH, HEIGHT, marks=marks),
+        chart("RandAugment magnitude", [Series("m", magnitude)], x, "magnitude", WIDTH, HEIGHT, True, marks),
+        chart("Learning rate", [Series("learning rate", rate)], x, "learning rate", WIDTH, HEIGHT, True, marks),
     ]
     return stack(charts, WIDTH, HEIGHT)
 
@@ -134,8 +135,8 @@ def write_report(output: Path) -> Path:
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
         *_validation(output),
-        "<h2>The plan</h2>" + f'<div class="plan">{_read(output / "plan.svg")}</div>',
-        "<h2>What the network saw</h2>" + _samples(output, plan),
+        f'<div class="halves"><section><h2>The plan</h2><div class="plan">{_read(output / "plan.svg")}</div></section>'
+        f"<section><h2>What the network saw</h2>{_samples(output, plan)}</section></div>",
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
