@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Run, flags, same
 from PIL import Image, ImageDraw
+from processes import world
 from sklearn.metrics import average_precision_score
 
 from config import Config
@@ -165,6 +166,19 @@ def test_the_map_is_scikit_learns_of_the_models_scores(trained, shapes):
     found = json.loads((trained.output / "validation.json").read_text(encoding="utf-8"))
     assert [line["ap"] for line in found["classes"]] == pytest.approx(each, abs=1e-3)
     assert [line["images"] for line in found["classes"]] == truth.sum(0).tolist()
+
+
+def test_two_processes_score_each_image_once(trained, main_program, tmp_path, capsys):
+    words = ["--recipe", str(trained.output / "config.yaml"), "--eval", "true", "--val_share", "35%"]
+    words += ["--resume", str(trained.output / "checkpoint-last.pth")]
+    capsys.readouterr()
+    assert main_program(words) == 0
+    alone = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    first, second = world(words, tmp_path / "log", 2)
+    assert first.wait() == second.wait() == 0, first.output
+    both = [json.loads(line) for line in first.output.splitlines() if line.startswith("{")]
+    assert [line["ap"] for line in both] == [line["ap"] for line in alone] and len(both) == 2
+    assert both[0]["images"] == alone[0]["images"] != trained.log()[-1]["eval_images"]
 
 
 def test_best_is_by_map(trained):
