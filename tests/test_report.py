@@ -49,7 +49,8 @@ def test_report_of_a_finished_run(train):
     records = run.log()
     best = max(max(r["test_acc1"], r["test_acc1_ema"]) for r in records if r.get("eval_size") == 64)
     assert f"done 2 epochs, {plan['total']['steps']} optimizer steps {best:.2f} % best top-1 at 64 pixels" in page.text
-    assert page.tags.count("img") == 3 and page.tags.count("table") == 3
+    wrong = json.loads((run.output / "validation.json").read_text(encoding="utf-8"))["worst"]
+    assert page.tags.count("img") == 3 + len(wrong) and page.tags.count("table") == 5
     assert page.tags.count("script") == 0
     assert all(link.startswith("data:") for link in page.links)  # one page, no network
     for words in ("tiny_models:convnet · efficienttrain++", "batch_size 8 4096", "validation, average", "torch"):
@@ -159,7 +160,7 @@ def test_classes_confusions_and_the_most_wrong_images(train, folder):
     with torch.no_grad():
         loader = eval_loader(source, EvalTransform(64, 64, "lanczos"), 4, 0, 1, 0, False)
         logits = torch.cat([model(Finish(3).evaluate(images, 64)) for images, _, _ in loader])
-    labels = torch.tensor(source.labels())
+    labels = torch.tensor(source.labels()).long()
     answers, losses = logits.argmax(1), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     found = json.loads((run.output / "validation.json").read_text(encoding="utf-8"))
     assert found["images"] == 15 and found["step"] == run.log()[-1]["step"]

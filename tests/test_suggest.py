@@ -187,7 +187,7 @@ def test_tables_and_several_labels(tmp_path):
         given = {"data_path": str(tmp_path / "images"), "labels": str(tmp_path / table), **extra}
         text = suggest(Config(**given), set(given))
         settings = settings_of(text)
-        assert (settings.get("task"), settings["train_split"], settings["val_share"]) == (task, ".", "10%")
+        assert (settings.get("task"), settings["val_share"]) == (task, "10%")
         assert settings["labels"] == given["labels"]
         built = Config(**{key: value for key, value in settings.items() if key in Config.__dataclass_fields__})
         assert len(build_source(built, train=True)) + len(build_source(built, train=False)) == 60
