@@ -256,7 +256,13 @@ def test_shell_scripts_pass_shellcheck(script):
 
 # --- requirements.txt
 
-IMPORT_NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-image": "skimage"}
+IMPORT_NAMES = {
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "opencv-python-headless": "cv2",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+}
 NOT_IMPORTED = {"six", "ruff", "pytest-xdist"}
 NOT_IMPORTED |= {"scikit-image", "matplotlib", "scipy", "onnx", "onnxscript", "onnxruntime"}  # used inside functions
 
