@@ -26,8 +26,12 @@ from inputs.replay import ReplayBuffer, refill_from, replay_capacity
 from inputs.splits import find_split
 from inputs.summary import describe
 from inputs.tables import read_table
+from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
 from inputs.views import Source, hold_out, in_order, map_classes, targets
+from utils import STOP_SIGNALS
+
+PREFETCH = 2e9  # bytes of batches that a process's loader workers hold ready, unless one batch of each is more
 
 
 def build_source(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
@@ -161,9 +165,14 @@ def training_batches(
             fresh = epoch.batch_size // epoch.replay // sampler.world_size
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
-    loader = iter(
-        DataLoader(data, batch_sampler=reading, collate_fn=collate, **loader_options(workers, device.type == "cuda"))
+    batch_bytes = max(
+        len(groups) * sampler.micro_batch // epoch.replay * 3 * side**2
+        for epoch in plan
+        for groups in sampler.forward_passes(epoch)
+        for side in [plan.base_size if augment is not None else plan.loaded_size(epoch.input_size)]
     )
+    options = loader_options(workers, device.type == "cuda", batch_bytes)
+    loader = iter(DataLoader(data, batch_sampler=reading, collate_fn=collate, **options))
     for epoch in plan:
         for step in range(max(reading.start_step, epoch.first_step), epoch.first_step + epoch.steps):
             for groups in sampler.forward_passes(epoch):
@@ -176,7 +185,7 @@ def training_batches(
                     batch = buffer.extend(batch, seeds, epoch.replay, epoch.stage)
                 images, targets, *choices = batch
                 if augment is not None:
-                    images = augment(images.to(device, non_blocking=True), choices[0], epoch.input_size)
+                    images = augment(to_device(images, device), choices[0], epoch.input_size)
                 yield images, targets
 
 
@@ -184,20 +193,27 @@ def eval_loader(
     source: Source, transform: EvalTransform, batch_size: int, rank: int, world_size: int, workers: int, pin: bool
 ) -> DataLoader:
     """Every ``world_size``-th image from ``rank`` on: over all processes each image once, none twice."""
+    workers = min(workers, -(-len(source) // (batch_size * world_size)))
+    side = transform.base_size if transform.operator == "fourier" else transform.size
     return DataLoader(
         EvalSet(source, transform),
         batch_size=batch_size,
         sampler=range(rank, len(source), world_size),
-        **loader_options(min(workers, -(-len(source) // (batch_size * world_size))), pin),
+        **loader_options(workers, pin, batch_size * 3 * side**2),
     )
 
 
-def loader_options(workers: int, pin: bool) -> dict[str, Any]:
-    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals."""
+def loader_options(workers: int, pin: bool, batch_bytes: int) -> dict[str, Any]:
+    """How every DataLoader starts its workers: aside of the run's random numbers, deaf to the cluster's signals.
+
+    Args:
+        batch_bytes: of the largest batch. What is loaded ahead, and page-locked with ``pin``, is bounded by PREFETCH.
+    """
     # Its own generator: starting workers must not draw from the one that drop path uses.
     options: dict[str, Any] = {"num_workers": workers, "pin_memory": pin, "generator": torch.Generator()}
     if workers:
-        options.update(prefetch_factor=4, worker_init_fn=_start_worker)
+        ahead = max(1, min(4, int(PREFETCH // (workers * batch_bytes))))
+        options.update(prefetch_factor=ahead, worker_init_fn=_start_worker)
         _end_workers_at_exit()
     return options
 
@@ -205,10 +221,11 @@ def loader_options(workers: int, pin: bool) -> dict[str, Any]:
 @cache
 def _end_workers_at_exit() -> None:
     """Loader workers that an error left behind ignore the signal by which Python, at its exit, would end them."""
-    Finalize(None, _kill_children, exitpriority=10)
+    Finalize(None, kill_workers, exitpriority=10)
 
 
-def _kill_children() -> None:
+def kill_workers() -> None:
+    """Ends this process's loader workers at once, whatever they are doing."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise for each of them
     for child in multiprocessing.active_children():
         child.kill()
@@ -217,5 +234,5 @@ def _kill_children() -> None:
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # workers are as many as the machine has cores to give
     # A cluster signals every process of a job. Workers go on until their training process has saved and ends them.
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

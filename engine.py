@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.data import DataLoader
 from curriculum import CurriculumSampler, Pass, Plan
 from curriculum.sampler import FORWARD, GROUP, derive_seed
 from inputs.finish import Finish
+from inputs.transfer import SideStream, to_device
 from utils import all_sum, no_sync, unwrap, world_size
 
 AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,6 +77,10 @@ class Training:
     skip_nonfinite: bool = False  # skip optimizer steps whose gradient is not finite; needs an enabled scaler
     step: int = 0
     watch: Callable[[torch.Tensor], None] | None = None  # is shown the images of a forward pass as the model sees them
+    side: SideStream = field(init=False)  # prepares the next batch
+
+    def __post_init__(self) -> None:
+        self.side = SideStream(self.device)
 
 
 def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: Callable[[float, int], bool]) -> bool:
@@ -99,9 +105,12 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
         set_hyperparameters(t.optimizer, lr, t.plan.weight_decay_at(step))
         buffers = [(buffer, buffer.clone()) for buffer in unwrap(t.model).buffers()] if t.skip_nonfinite else []
         for groups in passes:
-            images, targets = next(batches)
+            seeds = [derive_seed(t.sampler.seed, GROUP, step, group) for group in groups]
+            images, targets = t.side.prepare(partial(finished, t, batches, epoch, seeds))
+            if t.watch is not None:
+                t.watch(images)
             with nullcontext() if groups is passes[-1] else no_sync(t.model):
-                loss = forward_loss(t, images, targets, epoch, step, groups)
+                loss = forward_loss(t, images, targets, step, groups, seeds)
                 t.scaler.scale(loss * (len(images) / share)).backward()
             t.loss.add(loss, len(images), step)
         if t.clip_grad is not None or t.scaler.is_enabled():
@@ -120,21 +129,29 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
     return False
 
 
+def finished(t: Training, batches: Iterator, epoch: Pass, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The next forward pass's images and targets as the model takes them; ``seeds`` are its groups'."""
+    images, targets = (to_device(tensor, t.device) for tensor in next(batches))
+    return t.finish.train(images, targets, epoch.input_size, seeds, t.sampler.micro_batch, epoch.radius, epoch.mixing)
+
+
 def forward_loss(
-    t: Training, images: torch.Tensor, targets: torch.Tensor, epoch: Pass, step: int, groups: range
+    t: Training, images: torch.Tensor, targets: torch.Tensor, step: int, groups: range, seeds: list[int]
 ) -> torch.Tensor:
     """Mean loss of one forward pass over ``groups`` of ``step``; (run seed, step, group) seed all its randomness."""
-    seed = t.sampler.seed
-    images, targets = images.to(t.device, non_blocking=True), targets.to(t.device, non_blocking=True)
-    seeds = [derive_seed(seed, GROUP, step, group) for group in groups]
-    images, targets = t.finish.train(
-        images, targets, epoch.input_size, seeds, t.sampler.micro_batch, epoch.radius, epoch.mixing
-    )
-    if t.watch is not None:
-        t.watch(images)
-    torch.manual_seed(derive_seed(seed, FORWARD, step, groups.start))  # drop path and dropout
+    seed_generators(t.device, derive_seed(t.sampler.seed, FORWARD, step, groups.start))  # drop path and dropout
     with autocast(t.device, t.amp):
         return t.task.loss(t.model, images, targets, seeds)
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """`torch.manual_seed` for the CPU and this device alone, in microseconds: that one also looks for other devices."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
 
 
 def restore(buffers: list[tuple[torch.Tensor, torch.Tensor]], norm: torch.Tensor) -> None:
@@ -176,10 +193,10 @@ def evaluate(
     # Of each image, in its place: how often it was scored, and what was measured.
     table = torch.zeros(1 + len(task.measured), len(loader.dataset), device=device)
     for images, targets, indices in loader:
-        images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
+        images, targets = to_device(images, device), to_device(targets, device)
         with autocast(device, amp):
             measures = task.measure(model, finish.evaluate(images, size, radius), targets, indices)
-        indices = indices.to(device)
+        indices = to_device(indices, device)
         table[0, indices] += 1
         table[1:, indices] = measures.float()
         if stop():

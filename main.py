@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
+
+from config.command_line import parse_config, parse_stated
+
+if __name__ == "__main__" and "RANK" not in os.environ:
+    parse_config(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
+
+import traceback
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -16,18 +26,18 @@ from torch import nn
 from commands import autobatch
 from commands.doctor import diagnose
 from commands.evaluate import evaluate_weights
-from commands.plan import make_summary, show_plan
+from commands.plan import baseline, make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
-from config.checks import check_settings, parse_parts
-from config.command_line import given, parse_config
+from config.checks import check_settings
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
 from datasets import build_source, describe_data
 from engine import train_epoch
 from inputs.readable import drop_unreadable
 from models import checkpoints, freeze_body, load_weights
+from models.check import check_trainable
 from training.build import (
     describe_replay,
     make_model,
@@ -39,19 +49,23 @@ from training.build import (
 )
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
+from training.one_writer import OneWriter
 from training.report import environment, plan_picture
-from training.resume import checkpoint_to_resume, class_order, restore, size_of_weights
+from training.resume import History, adopt, checkpoint_to_resume, class_order, restore, size_of_weights
 from training.session import Session
+from training.stopping import Agreement, end_with_launcher, stays_stopped
 from training.validation import is_better, validate
 from utils import (
     STOPPED,
-    Agreement,
     Topology,
     close_topology,
     die,
+    end_now,
     explain,
     init_topology,
-    stays_stopped,
+    prepare_streams,
+    printing_never_fails,
+    world_size,
     wrap,
     write_text,
 )
@@ -59,9 +73,15 @@ from utils import (
 
 def train(config: Config, topology: Topology) -> int:
     """Trains, or resumes training; 0 when the plan is done, 75 when a signal stopped it."""
-    session = prepare(config, topology)
-    if session is None:
-        return STOPPED
+    if not config.output_dir:
+        raise UsageError("--output_dir is not set: name the folder for checkpoints and logs")
+    with OneWriter(Path(config.output_dir), topology) as writer:
+        session = prepare(config, topology, writer)
+        return STOPPED if session is None else carry_out(session)
+
+
+def carry_out(session: Session) -> int:
+    """The loop of a run; returns the exit code."""
     plan, training = session.plan, session.training
     with session:
         for record in plan.records[session.first :]:
@@ -85,14 +105,12 @@ def train(config: Config, topology: Topology) -> int:
     return session.stopped()
 
 
-def prepare(config: Config, topology: Topology) -> Session | None:
+def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | None:
     """What a run is built of. Nothing is written before all of it is known to work.
 
     Returns None for a worker that was started again after the run was stopped.
     """
     agreement = Agreement(timedelta(minutes=config.timeout))
-    if not config.output_dir:
-        raise UsageError("--output_dir is not set: name the folder for checkpoints and logs")
     output = Path(config.output_dir)
     if stays_stopped(output, topology):
         return None
@@ -105,25 +123,31 @@ def prepare(config: Config, topology: Topology) -> Session | None:
     sources = build_source(config, True, order), build_source(config, False, order)
     classes = number_of_classes(config, sources[0])
     plan = make_plan(config, len(sources[0]), classes)
+    identity = identify(config, plan, sources, classes)
     with as_usage():
         sources = sources[0], drop_unreadable(sources[1], config.max_bad)
     if topology.is_main:
         print("\n".join(describe_data(config, sources)), flush=True)
-    identity = identify(config, plan, sources[0], classes)
     state = None
     if found is not None:
         path, state = found
-        check_same_run(state["identity"], identity, parse_parts(config.allow_change), str(path))
+        changed = check_same_run(state, config, identity, str(path), topology.is_main)
+        state = adopt(state, plan, changed, str(path), topology.is_main)
 
     # The model, at the input size of its weights, and what trains it
     build = partial(make_model, config, classes)
     config = replace(config, **settle_micro_batch(config, plan, build, topology, state))
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     replay = describe_replay(config, plan)
+    if config.task == "supervised":
+        with as_usage():
+            check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
     model = build(size_of_weights(plan, state))
     if config.finetune and state is None:
-        finetune(config, model, topology)
+        config = finetune(config, model, sources[0].classes, topology)
+    elif state is not None:
+        config = replace(config, **{key: getattr(config, key) or state["config"].get(key) for key in ("mean", "std")})
     if config.linear_probe:
         freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)
@@ -132,18 +156,23 @@ def prepare(config: Config, topology: Topology) -> Session | None:
         restore(state, identity, training, topology.is_main)
     training.model = wrap(model, topology, config.compile)
 
+    writer.hold()
     if topology.is_main:
-        start_folder(output, config, topology, plan, summary)
-        print("\n".join([table(summary, config.baseline), *replay]), flush=True)
+        history = History(state["changes"] if state else [])
+        start_folder(output, config, topology, plan, summary, history)
+        if history.replanned and history.replanned["step"] == training.step:
+            checkpoints.set_aside(output, len(history.changes))
+        print("\n".join([table(summary, baseline(config)), *replay]), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
-def finetune(config: Config, model: nn.Module, topology: Topology) -> None:
-    """Loads the weights of --finetune, and says what fitted."""
+def finetune(config: Config, model: nn.Module, classes: Sequence[str], topology: Topology) -> Config:
+    """Loads the weights of --finetune, and says what fitted. Returns the settings, with the weights' normalisation."""
     checkpoints.verify_own(config.finetune)
-    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale)
+    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=classes)
     if topology.is_main:
         print(report)
+    return replace(config, mean=config.mean or report.mean, std=config.std or report.std)
 
 
 def settle_micro_batch(
@@ -151,16 +180,25 @@ def settle_micro_batch(
 ) -> dict[str, Any]:
     """``--micro_batch`` in numbers: for auto or none given, those of the run that is resumed; else what auto finds.
 
-    They belong to the run: other groups would mix other images.
+    They belong to the run: other groups would mix other images. Only where a run's groups do not share out over more
+    processes than it began on, and none are asked for, they are divided.
     """
+    if state is not None:
+        groups, most = state["config"]["micro_batch"], state["config"].get("forward_batch")
+        settled = {"forward_batch": config.forward_batch or (most and {int(size): n for size, n in most.items()})}
+        if config.micro_batch in (None, "auto") and groups is not None:
+            share = plan.batch_size // topology.world_size
+            fits = plan.batch_size % topology.world_size or share % groups == 0  # if not even the batch, others say so
+            settled["micro_batch"] = groups if fits else math.gcd(groups, share)
+            if not fits and topology.is_main:
+                print(
+                    f"--micro_batch is {settled['micro_batch']} from here on: groups of {groups} do not share out over "
+                    f"{topology.world_size} processes; mixing happens within these",
+                    flush=True,
+                )
+        return settled
     if config.micro_batch not in (None, "auto"):
         return {}
-    if state is not None:
-        sizes = state["config"]["forward_batch"]
-        return {
-            "micro_batch": state["config"]["micro_batch"],
-            "forward_batch": sizes and {int(size): images for size, images in sizes.items()},
-        }
     if config.micro_batch is None:
         return {"micro_batch": make_sampler(config, plan, topology.world_size).micro_batch}
     micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
@@ -169,12 +207,15 @@ def settle_micro_batch(
     return {"micro_batch": micro_batch, "forward_batch": forward_batch}
 
 
-def start_folder(output: Path, config: Config, topology: Topology, plan: Plan, summary: dict[str, Any]) -> None:
+def start_folder(
+    output: Path, config: Config, topology: Topology, plan: Plan, summary: dict[str, Any], history: History
+) -> None:
     """The resolved configuration, the plan and what the run runs on, beside the checkpoints."""
     try:
         output.mkdir(parents=True, exist_ok=True)
-        write_text(output / "config.yaml", to_yaml(config))
-        write_text(output / "plan.json", json.dumps(summary) + "\n")
+        changes = "".join(f"# changed at {line}\n" for line in history.lines())
+        write_text(output / "config.yaml", to_yaml(config) + changes)
+        write_text(output / "plan.json", json.dumps({**summary, "changes": history.lines()}) + "\n")
         write_text(output / "plan.svg", plan_picture(plan))
         about = environment(topology.device, topology.world_size)
         write_text(output / "environment.json", json.dumps(about, indent=1) + "\n")
@@ -189,31 +230,44 @@ def run(config: Config, said: set[str]) -> int:
         return show_plan(config)
     if config.suggest:
         return write_suggestion(config, said)
-    topology = init_topology(config.device, config.deterministic, timedelta(minutes=config.timeout))
-    try:
-        if config.doctor:
-            return diagnose(config, topology)
-        if config.predict is not None:
-            return predict(config, said, topology)
-        return evaluate_weights(config, topology) if config.eval else train(config, topology)
-    finally:
-        close_topology()
+    end_with_launcher()
+    topology = init_topology(config.device, config.deterministic, config.tf32, timedelta(minutes=config.timeout))
+    if config.doctor:
+        return diagnose(config, topology)
+    if config.predict is not None:
+        return predict(config, said, topology)
+    if config.eval:
+        return evaluate_weights(config, topology)
+    with printing_never_fails():
+        return train(config, topology)
 
 
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
+    prepare_streams()
     try:
-        return run(parse_config(argv), given(argv))
-    except UsageError as error:
-        return die(error, 2)
-    except (ValueError, OSError, NonFinite) as error:
-        return die(error)
-    except RuntimeError as error:
-        if (message := explain(error)) is None:
-            raise
-        return die(message)
+        code = run(*parse_stated(argv))
+        close_topology()
+        return code
     except KeyboardInterrupt:
-        return die("interrupted", 130)
+        code = die("interrupted", 130)
+    except Exception as error:
+        code = report(error)
+    end_now(code)
+    return code
+
+
+def report(error: Exception) -> int:
+    """Prints one line about an error and returns the exit code. A fault of the code is shown with its traceback."""
+    if isinstance(error, UsageError):
+        return die(error, 2)
+    message = explain(error)
+    if message is not None or isinstance(error, ValueError | OSError | NonFinite):
+        return die(message or error)
+    if world_size() == 1:
+        raise error
+    traceback.print_exception(error)  # here, for several processes end without Python's exit
+    return 1
 
 
 if __name__ == "__main__":

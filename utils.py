@@ -1,27 +1,31 @@
-"""Processes and devices: distributed set-up, reductions, and the agreement to stop and to save."""
+"""Processes and devices: distributed set-up, reductions, and what a run says and writes."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
-import signal
 import socket
 import sys
+import time
+import traceback
 import warnings
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from config import UsageError
+from config.launcher import read_launcher
 
-STOP_NOTE = "stopped.json"
+STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGXCPU")  # each saves and stops
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
 
@@ -38,15 +42,18 @@ class Topology:
         return self.rank == 0
 
 
-def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topology:
-    """Joins the process group that torchrun's environment describes (none: one process) and takes a device.
+def init_topology(device: str, deterministic: bool, tf32: bool, timeout: timedelta) -> Topology:
+    """Joins the process group that the launcher's environment describes (none: one process) and takes a device.
 
     Args:
+        deterministic: whether CUDA computes bit-identically each time.
+        tf32: whether CUDA may compute float32 products in TF32.
         timeout: how long a collective operation waits for the other processes.
 
     Raises:
-        UsageError: a device that is not there.
+        UsageError: a device that is not there, or a launcher that does not say where the processes meet.
     """
+    read_launcher()
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     kind = next(name for name, there in available.items() if there) if device == "auto" else device
     if kind not in available:
@@ -58,10 +65,21 @@ def init_topology(device: str, deterministic: bool, timeout: timedelta) -> Topol
         torch.use_deterministic_algorithms(True)
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise UsageError(f"local rank {local_rank} has no CUDA device: there are {torch.cuda.device_count()}")
+        # Blocks that grow: what one stage's sizes leave free then serves the next's. Read when CUDA starts.
+        names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is what torch before 2.9 reads
+        if not any(name in os.environ for name in names):
+            os.environ[names[torch.__version__ < (2, 9)]] = "expandable_segments:True"
+        there = torch.cuda.device_count()
+        if there == 1:  # each process may be shown its own only; if two share it, NCCL says so
+            local_rank = 0
+        if local_rank >= there:
+            raise UsageError(
+                f"local rank {local_rank} has no CUDA device: there are {there}; start one process for each"
+            )
         torch.cuda.set_device(local_rank)
         torch.backends.cudnn.benchmark = not deterministic
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -84,8 +102,23 @@ def _torchrun_store(rank: int, world_size: int, timeout: timedelta) -> dict[str,
 
 
 def close_topology() -> None:
+    """Takes the process group down; every process must have finished its work."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_now(code: int) -> None:
+    """Ends this process of several, which failed. Does nothing where there is no process group.
+
+    Taking the group down, as Python's exit does too, would wait for collectives that this process never joins, while
+    the others wait for it.
+    """
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for child in multiprocessing.active_children():  # the loader's workers
+            child.kill()
+        os._exit(code)
 
 
 def world_size() -> int:
@@ -151,98 +184,123 @@ def no_sync(model: nn.Module):
     return model.no_sync() if isinstance(model, nn.parallel.DistributedDataParallel) else nullcontext()
 
 
-class Agreement:
-    """Lets SIGTERM or SIGUSR1 to any process stop all of them, and one process's clock make all of them save, at the
-    same optimizer step.
-
-    Each step starts a small asynchronous sum of the processes' wishes over gloo and reads the one of the step before,
-    so nothing waits for it and no device is synchronised. Signals only set a flag: a second one changes nothing.
-
-    Args:
-        timeout: how long to wait for the other processes.
-    """
-
-    def __init__(self, timeout: timedelta) -> None:
-        self.stop_requested = False
-        self._pending: tuple[dist.Work, torch.Tensor] | None = None
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
-        for name in ("SIGTERM", "SIGUSR1"):
-            signal.signal(getattr(signal, name), self._request_stop)
-
-    def _request_stop(self, number: int, _frame) -> None:
-        if not self.stop_requested:  # print() is not for signal handlers
-            os.write(2, f"{signal.Signals(number).name}: saving and stopping after this optimizer step\n".encode())
-        self.stop_requested = True
-
-    def poll(self, save: bool = False) -> tuple[bool, bool]:
-        """Whether to (stop, save) now, as some process wished one call earlier (at once, if there is only one process).
-
-        Every process must call it equally often; all get the same answer.
-        """
-        if self._group is None:
-            return self.stop_requested, save
-        stop_now = save_now = False
-        if self._pending is not None:
-            work, votes = self._pending
-            work.wait()
-            stop_now, save_now = (vote > 0 for vote in votes.tolist())
-        votes = torch.tensor([float(self.stop_requested), float(save and not save_now)])
-        self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
-        return stop_now, save_now
-
-    def close(self) -> None:
-        """Lets the last votes arrive; older torch cannot take down a group with an operation in it."""
-        if self._pending is not None:
-            with suppress(RuntimeError):  # of a process that died
-                self._pending[0].wait()
-            self._pending = None
+def release_memory(device: torch.device) -> None:
+    """Gives back what the allocator holds in blocks of the sizes of a stage that is over."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file so that it is whole at any time: as it was or as it is to be."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    """Writes a file so that it is whole at any time: as it was or as it is to be. UTF-8, whatever the locale; bytes of
+    a path that are none go through as they are."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
-def leave_stop_note(output: Path, step: int) -> None:
-    """Says in the output folder that the run was stopped on purpose: torchrun turns a worker's exit code into 1."""
-    write_text(output / STOP_NOTE, json.dumps({"step": step, "exit_code": STOPPED}) + "\n")
+class _Tolerant:
+    """A text stream that loses what it cannot write: a full disk, a reader that is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError, ValueError):
+            self._stream.flush()
 
 
-def stays_stopped(output: Path, topology: Topology) -> bool:
-    """Whether this worker was started again by torchrun after a stop, and so has to exit at once.
+@contextmanager
+def printing_never_fails() -> Iterator[None]:
+    """For a run, whose results are files: what it says is lost where it cannot be written."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Tolerant, streams)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        for stream in streams:
+            try:
+                stream.flush()
+            except (OSError, ValueError):  # what is left would be tried again at the interpreter's end, and fail there
+                with suppress(OSError, ValueError):
+                    null = os.open(os.devnull, os.O_WRONLY)
+                    os.dup2(null, stream.fileno())
+                    os.close(null)
 
-    A new launch goes on instead: it removes the note.
-    """
-    note = output / STOP_NOTE
-    if not note.exists():
-        return False
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
-        if topology.is_main:
-            print(f"stopped: {note} says so; launch the command again to go on", flush=True)
-        return True
-    if topology.is_main:
-        note.unlink(missing_ok=True)
-    return False
+
+def prepare_streams() -> None:
+    """Lets every text be printed in any locale, characters that its encoding lacks as escapes; and where a standard
+    stream was closed before the start, keeps files that are opened later from taking its place."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 (as long as the process)
+        elif hasattr(getattr(sys, name), "reconfigure"):
+            getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
-def explain(error: RuntimeError) -> str | None:
+def explain(error: Exception) -> str | None:
     """One line about an error of the machine rather than of the code: a process that died, memory; None for others."""
     text = " ".join(str(error).split())
     if isinstance(error, torch.OutOfMemoryError):
         return f"out of device memory: lower --micro_batch, or set it to auto ({text[:200]})"
-    if re.search(r"DataLoader worker .*(killed|exited)", text):
-        return f"{text}; if the machine ran out of memory, lower --num_workers"
+    if re.search(r"shared memory|Bus error|(/torch_|/dev/shm).*No space left", text):
+        return (
+            "/dev/shm, through which loader processes hand on batches, is too small: lower --num_workers, or give "
+            f"the container more shared memory (docker run --shm-size 8g, or --ipc host) ({text[-200:]})"
+        )
+    if re.search(r"DataLoader worker .*(killed|exited)", text) or _broke_in_loader(error):
+        return f"a DataLoader worker died ({text[:200]}); if the machine ran out of memory, lower --num_workers"
+    if "Duplicate GPU" in text:
+        return f"two processes share a GPU: start one process for each GPU ({text[:200]})"
+    if re.search(r"connectFullMesh|nable to (resolve|find)|gloo.*(timed out|refused).*connect", text):
+        return (
+            "the processes cannot connect: if none of them died, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+            f"network interface between the machines, as `ip link` names it ({text[:200]})"
+        )
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) if dist.is_available() else ()
-    if isinstance(error, kinds) or re.search(r"gloo|Connection (closed|reset) by peer|Timed out waiting", text):
+    if isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and re.search(r"gloo|Connection (closed|reset) by peer|Timed out waiting", text)
+    ):
         return f"lost another process of this run: see what it said, or what ended it ({text[:200]})"
     return None
 
 
-def die(message: str, code: int = 1) -> int:
-    """Prints one line on standard error, with rank and host if there are several, and returns the exit code."""
+def _broke_in_loader(error: Exception) -> bool:
+    """Whether a connection to a loader process broke, which may reach this process before its end does."""
+    if not isinstance(error, ConnectionError | EOFError | FileNotFoundError) or str(error).startswith("Caught "):
+        return False
+    return any("multiprocessing" in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def die(message: str | Exception, code: int = 1) -> int:
+    """Prints one line on standard error, with rank and host if there are several, and returns the exit code.
+
+    torchrun gets it too, for its own report.
+    """
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if several else ""
-    print(f"error: {who}{' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    line = f"error: {who}{' '.join(str(message).split())}"
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"message": line, "extraInfo": {"timestamp": str(int(time.time())), "py_callstack": line}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": about}), encoding="utf-8")
     return code

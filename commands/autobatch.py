@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from config import Config, UsageError
-from curriculum import CurriculumSampler, Plan
-from engine import forward_loss
-from training.build import blank_targets, make_training, place
+from curriculum import CurriculumSampler, Plan, RandAugment
+from engine import finished, forward_loss
+from inputs.device import encode
+from inputs.transfer import to_device
+from training.build import blank_targets, make_augment, make_training, place
 from utils import Topology, all_min
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
@@ -76,7 +80,9 @@ class Trial:
         try:
             self.train(size, images)
             held = True
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             held = False
         finally:
             if device.type == "cuda":
@@ -86,34 +92,72 @@ class Trial:
 
     def train(self, size: int, images: int) -> None:
         """The run's own forward pass, loss and optimizer, twice: the optimizer's moments are made in the first step."""
-        device = self.topology.device
-        step = blank_step(self.config, self.plan, self.build(size), images, device)
+        blank = Blank(self.config, self.plan, self.build(size), images, images, self.topology)
         for _ in range(2):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)  # an error of memory may come late
+            blank.forward_and_backward()
+            blank.update()
+        if self.topology.device.type == "cuda":
+            torch.cuda.synchronize(self.topology.device)  # an error of memory may come late
 
 
-def blank_step(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> Callable[[], None]:
-    """A function that takes one optimizer step on ``images`` blank images, as the run would (``model`` is used up)."""
-    size = model.input_size
-    epoch = replace(plan.records[0], input_size=size)
-    model = place(model, device, config.channels_last)
-    sampler = CurriculumSampler(plan, micro_batch=2 - plan.batch_size % 2)
-    training = make_training(config, plan, sampler, model.train(), model.num_classes)
-    loaded = plan.loaded_size(size)
-    targets = blank_targets(config, images, model.num_classes)
-    groups = range(images // training.sampler.micro_batch)
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error is a lack of device memory, be it PyTorch's, cuDNN's or cuBLAS's way to say so."""
+    libraries = r"out of memory|CUDNN_STATUS_(ALLOC_FAILED|INTERNAL_ERROR)|CUBLAS_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    return isinstance(error, torch.OutOfMemoryError) or bool(re.search(libraries, str(error)))
 
-    def step() -> None:
-        batch = torch.zeros(images, 3, loaded, loaded, dtype=torch.uint8)
-        loss = forward_loss(training, batch, targets, epoch, 0, groups)
-        training.scaler.scale(loss).backward()
-        training.scaler.step(training.optimizer)
-        training.scaler.update()
-        training.optimizer.zero_grad(set_to_none=True)
 
-    return step
+class Blank:
+    """Trains on one blank, page-locked batch as the run would: in its groups, augmented and finished where it does it.
+
+    Args:
+        model: at its input size; it is used up.
+        images: of a forward pass. group: images per group.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, model: nn.Module, images: int, group: int, topology: Topology
+    ) -> None:
+        self.device, self.several = topology.device, topology.world_size > 1
+        self.record = replace(plan.records[0], input_size=model.input_size)
+        sampler = CurriculumSampler(plan)
+        sampler.micro_batch = group
+        model = place(model, self.device, config.channels_last)
+        self.training = make_training(config, plan, sampler, model.train(), model.num_classes)
+        self.augment = make_augment(config, plan)
+        self.groups = range(images // group)
+        side = plan.loaded_size(model.input_size)
+        if self.augment is not None and config.pipeline == "exact":
+            side = plan.base_size
+        targets = blank_targets(config, images, model.num_classes)
+        self.batch = torch.zeros(images, 3, side, side, dtype=torch.uint8), targets
+        if self.device.type == "cuda":
+            self.batch = tuple(tensor.pin_memory() for tensor in self.batch)
+        slots = RandAugment().num_ops
+        costly = encode(True, [("Rotate", (30.0,))] * slots, slots)
+        self.choices = torch.from_numpy(costly).expand(images, -1)
+
+    def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The blank batch, as the loader brings it."""
+        images, targets = self.batch
+        if self.augment is not None:
+            images = self.augment(to_device(images, self.device), self.choices, self.record.input_size)
+        yield images, targets
+
+    def forward_and_backward(self) -> None:
+        """One forward pass and its gradients."""
+        t, seeds = self.training, [*self.groups]
+        images, targets = t.side.prepare(partial(finished, t, self.batches(), self.record, seeds))
+        t.scaler.scale(forward_loss(t, images, targets, 0, self.groups, seeds)).backward()
+
+    def update(self) -> None:
+        """What ends an optimizer step."""
+        t = self.training
+        t.scaler.step(t.optimizer)
+        t.scaler.update()
+        # Data-parallel training keeps its buckets, which are the gradients, through the next forward pass.
+        t.optimizer.zero_grad(set_to_none=not self.several)
+        if t.ema is not None:
+            t.ema.update(t.model)
 
 
 class Reckoning:
@@ -157,7 +201,7 @@ def free_memory(device: torch.device) -> float:
     if device.type == "mps":
         return HOST_SHARE * torch.mps.recommended_max_memory()
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

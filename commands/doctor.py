@@ -17,11 +17,20 @@ import torch
 from torch import nn
 
 from commands import autobatch
-from commands.autobatch import blank_step
+from commands.autobatch import Blank
 from config import Config
 from curriculum import CurriculumSampler, Plan
 from datasets import Source, build_source
-from training.build import make_model, make_plan, make_sampler, make_train_set, number_of_classes
+from inputs.transfer import to_device
+from training.build import (
+    evaluated_passes,
+    make_model,
+    make_plan,
+    make_sampler,
+    make_train_set,
+    number_of_classes,
+)
+from training.logs import duration_text
 from utils import Topology, write_text
 
 SECONDS = 1.5  # spent on each measurement of the host; a training step gets as much after a first one
@@ -39,7 +48,8 @@ def diagnose(config: Config, topology: Topology) -> int:
         micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
         config = replace(config, micro_batch=micro_batch, forward_batch=forward_batch)
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-    return examine(config, plan, sampler, source, build, topology)
+    scored = len(build_source(config, train=False))
+    return examine(config, plan, sampler, source, scored, build, topology)
 
 
 def examine(
@@ -47,6 +57,7 @@ def examine(
     plan: Plan,
     sampler: CurriculumSampler,
     source: Source,
+    scored: int,
     build: Callable[[int], nn.Module],
     topology: Topology,
 ) -> int:
@@ -56,31 +67,72 @@ def examine(
     worker brings (with the settings as they are, with the fast pipeline, and with RandAugment on the device).
 
     Args:
+        scored: images of an evaluation.
         build: input size -> a fresh model.
     """
-    cores = usable_cores()
+    cores, device = usable_cores(), topology.device
     rows = []
-    for stage in {stage.input_size: stage for stage in plan.stages}.values():
-        epoch = next(epoch for epoch in plan if epoch.input_size == stage.input_size)
-        images = len(sampler.forward_passes(epoch)[0]) * sampler.micro_batch
+    for size in sorted({stage.input_size for stage in plan.stages}):
+        stage = next(stage for stage in plan.stages if stage.input_size == size)
+        record = next(record for record in plan if record.input_size == size)
+        passes = sampler.forward_passes(record)
+        images = max(map(len, passes)) * sampler.micro_batch
+        forward, update = step_seconds(config, plan, build(size), images, sampler.micro_batch, topology)
+        share = record.batch_size / topology.world_size
         row = {
-            "input_size": stage.input_size,
+            "input_size": size,
             "replay": stage.replay,
-            "step": step_speed(config, plan, build(stage.input_size), images, topology.device),
-            "copy": copy_speed(plan, stage.input_size, images, topology.device),
+            "step": share / (forward / images * share + update),
+            "copy": copy_speed(config, plan, size, images, device),
         }
         for name, change in VARIANTS.items():
-            row[name] = loader_speed(replace(config, **change), plan, source, stage.input_size)
+            row[name] = loader_speed(replace(config, **change), plan, source, size)
         rows.append(row)
         print(describe(row, config.num_workers, cores), flush=True)
     for line in advice(rows, config.num_workers, cores):
         print(line)
+    seconds = predict(rows, plan, config, scored, topology, cores)
+    hours = seconds * topology.world_size / 3600
+    kind = "process" if device.type == "cpu" else "GPU"
+    print(f"the whole run: {duration_text(seconds)}, {hours:,.2f} {kind}-hours, evaluations included")
     if config.output_dir:
         path = Path(config.output_dir) / "speeds.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps({"images_per_s": {str(row["input_size"]): row["step"] for row in rows}}) + "\n")
-        print(f"measured speeds: {path} (--plan table --speeds {path} tells the time of the whole run)")
+        print(f"measured speeds: {path} (--plan table --speeds {path} tells what other plans would take)")
     return 0
+
+
+def predict(
+    rows: list[dict[str, Any]], plan: Plan, config: Config, scored: int, topology: Topology, cores: int
+) -> float:
+    """Seconds of the whole run: of each stage what takes longest, and the evaluations."""
+    by_size = {row["input_size"]: row for row in rows}
+    on_cpu = topology.device.type == "cpu"
+    total = 0.0
+    for stage in plan.stages:
+        row = by_size[stage.input_size]
+        images = stage.steps * stage.batch_size / topology.world_size
+        total += busiest(images / row["step"], images / stage.replay / row["as set"], config.num_workers, cores, on_cpu)
+    for index in evaluated_passes(plan, config.eval_interval):
+        size = plan.base_size if plan.records[index].stage == len(plan.stages) - 1 else plan.records[index].input_size
+        row, images = by_size[size], scored / topology.world_size * (1 + config.model_ema)
+        # A forward pass takes a third of a training step.
+        total += busiest(images / row["step"] / 3, images / row["as set"], config.num_workers, cores, on_cpu)
+    return total
+
+
+def busiest(training: float, loading: float, workers: int, cores: int, on_cpu: bool) -> float:
+    """Seconds that ``training`` takes while ``workers`` share ``loading`` (seconds of one core) among them.
+
+    Where training, too, computes on the ``cores``, both share them.
+    """
+    if workers == 0:
+        return training + loading
+    side_by_side = max(training, loading / min(workers, cores))
+    if not on_cpu:
+        return side_by_side
+    return max(side_by_side, (training * torch.get_num_threads() + loading) / cores)
 
 
 def workers_needed(row: dict[str, Any], variant: str = "as set") -> int:
@@ -96,8 +148,9 @@ def describe(row: dict[str, Any], workers: int, cores: int) -> str:
         "loading": row["as set"] * max(1, min(workers, cores)) * row["replay"],
     }
     slowest = min(speeds, key=speeds.get)
+    copied = "-" if row["copy"] == math.inf else f"{row['copy']:,.0f}"
     return (
-        f"B {row['input_size']:>4}: training step {row['step']:,.0f} images/s, copy {row['copy']:,.0f}, one worker "
+        f"B {row['input_size']:>4}: training step {row['step']:,.0f} images/s, copy {copied}, one worker "
         f"{row['as set']:,.0f}; bottleneck with {workers} workers: {slowest}; workers needed: {workers_needed(row)}"
     )
 
@@ -122,21 +175,26 @@ def advice(rows: list[dict[str, Any]], workers: int, cores: int) -> list[str]:
     return lines
 
 
-def step_speed(config: Config, plan: Plan, model: nn.Module, images: int, device: torch.device) -> float:
-    """Images per second of the run's own optimizer step, of one forward pass, on blank images."""
-    step = blank_step(config, plan, model, images, device)
-    step()  # makes the optimizer's state, and lets libraries choose their algorithms
-    return images * repeat(step, device)
+def step_seconds(
+    config: Config, plan: Plan, model: nn.Module, images: int, group: int, topology: Topology
+) -> tuple[float, float]:
+    """Seconds of a forward pass of ``images`` blank images with its gradients, and of the optimizer's update."""
+    blank, device = Blank(config, plan, model, images, group, topology), topology.device
+    for _ in range(2):  # makes the optimizer's state, and lets libraries choose their algorithms
+        blank.forward_and_backward()
+        blank.update()
+    forward = 1 / repeat(blank.forward_and_backward, device)
+    return forward, 1 / repeat(lambda: (blank.forward_and_backward(), blank.update()), device) - forward
 
 
-def copy_speed(plan: Plan, size: int, images: int, device: torch.device) -> float:
+def copy_speed(config: Config, plan: Plan, size: int, images: int, device: torch.device) -> float:
     """Images per second from main memory to the device; infinite on the CPU, where nothing is copied."""
     if device.type == "cpu":
         return math.inf
-    side = plan.loaded_size(size)
+    side = plan.base_size if config.augment_on == "device" else plan.loaded_size(size)
     batch = torch.zeros(images, 3, side, side, dtype=torch.uint8)
     batch = batch.pin_memory() if device.type == "cuda" else batch
-    return images * repeat(lambda: batch.to(device, non_blocking=True), device)
+    return images * repeat(lambda: to_device(batch, device), device)
 
 
 def loader_speed(config: Config, plan: Plan, source: Source, size: int) -> float:
@@ -162,8 +220,8 @@ def repeat(action: Callable[[], Any], device: torch.device) -> float:
     while count == 0 or time.perf_counter() - started < SECONDS:
         action()
         count += 1
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if device.type != "cpu":
+            getattr(torch, device.type).synchronize()
     return count / (time.perf_counter() - started)
 
 

@@ -6,6 +6,7 @@ import json
 import pkgutil
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +33,9 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune.
 
     Raises:
-        ValueError: no weights named, weights without a head for these classes, or images of unknown classes.
+        ValueError: weights without a head for these classes, or images of unknown classes.
     """
     source_of_weights = config.resume or config.finetune
-    if source_of_weights is None:
-        raise ValueError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     checkpoints.verify_own(source_of_weights)
     content = read_weights(source_of_weights)
     source = drop_unreadable(_source(config), config.max_bad)
@@ -59,7 +58,6 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     )
     several = config.task == "multilabel"
     task = MultiLabel(len(source.classes), columns) if several else Classification(columns=columns)
-    finish = make_finish(config, len(known), "lanczos")
     averaged = isinstance(content.get("model_ema"), dict)
     for key in ("model", "model_ema") if averaged else (None,):
         report = load_weights(model, source_of_weights, key=key)
@@ -68,6 +66,10 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
                 f"{source_of_weights} has no head for {len(known)} classes ({', '.join(report.random)} would stay "
                 "random): train one with --finetune, or name the number of classes it has with --num_classes"
             )
+        if topology.is_main:
+            print(report, file=sys.stderr)
+        how = replace(config, mean=config.mean or report.mean, std=config.std or report.std)
+        finish = make_finish(how, len(known), "lanczos")
         model.to(topology.device)
         started = time.perf_counter()
         with Watchdog(60 * config.timeout, topology.rank, topology.world_size) as watchdog:

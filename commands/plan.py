@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from config import Config, UsageError, as_usage
+from config.files import read_text
 from curriculum import CurriculumSampler, Plan, summarize, table
 from datasets import build_source
 from models.flops import count_flops
@@ -37,7 +38,7 @@ def show_plan(config: Config) -> int:
         write_text(path, plan_picture(plan))
         print(path)
     else:
-        lines = [table(summary, config.baseline), *describe_replay(config, plan)]
+        lines = [table(summary, baseline(config)), *describe_replay(config, plan)]
         print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
     return 0
 
@@ -53,15 +54,20 @@ def make_summary(
     sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
     flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
     with as_usage():
-        return summarize(plan, config.baseline, flops, params, sampler, images_per_s)
+        return summarize(plan, baseline(config), flops, params, sampler, images_per_s)
+
+
+def baseline(config: Config) -> float:
+    """Ordinary epochs that speed-ups compare with: the run's own, unless a recipe or the user says otherwise."""
+    return config.baseline_epochs or config.epochs
 
 
 def load_speeds(path: str) -> dict[int, float]:
     """The file of measured speeds: images that one device trains per second, by input size. Raises UsageError."""
     try:
-        speeds = json.loads(Path(path).read_text(encoding="utf-8"))["images_per_s"]
+        speeds = json.loads(read_text(path, 1 << 20))["images_per_s"]
         return {int(size): float(speed) for size, speed in speeds.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UsageError(
             f'--speeds {path} must be a file like {{"images_per_s": {{"96": 2500.0, "224": 480.0}}}}'
         ) from None

@@ -19,6 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from config import Config
+from config.files import read_bytes
 from datasets import loader_options
 from engine import autocast
 from inputs.decode import BadImage
@@ -26,12 +27,13 @@ from inputs.formats import ENDINGS, ending, hidden, listed, readable, sniff
 from inputs.transforms import EvalTransform
 from models import load_weights
 from models.reading import read_weights
-from training.build import make_finish, make_model
+from models.registry import build_from_file, check_name_from_file
+from training.build import make_finish
 from utils import Topology
 
 BATCH = 32
 # What decides how the model is built and what it is shown: the checkpoint's, unless it was said on the command line.
-FROM_CHECKPOINT = ("task", "model", "model_args", "input_size", "eval_size", "num_classes", "crop_pct")
+FROM_CHECKPOINT = ("task", "model", "model_args", "input_size", "eval_size", "num_classes", "crop_pct", "mean", "std")
 
 
 def predict(config: Config, said: Collection[str], topology: Topology) -> int:
@@ -50,11 +52,13 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
         raise ValueError("--predict runs in one process: start it without torchrun")
     paths = find_images(config.predict)
     content = read_weights(config.resume)
-    if not isinstance(content.get("config"), dict) or not content.get("classes"):
+    if "format_version" not in content or not content.get("classes"):
         raise ValueError(
             f"--predict: {config.resume} is not a checkpoint of this project, so its classes have no names"
         )
     known = content["config"]
+    unsaid = {name: known.get(name) for name in ("model", "model_args") if name not in said}
+    check_name_from_file(unsaid.get("model", ""), unsaid.get("model_args"), f"--predict: {config.resume}")
     trained = {name: known[name] for name in FROM_CHECKPOINT if name not in said and name in known}
     config = replace(config, **trained)
     averaged = config.model_ema if "model_ema" in said else content["best"].get("weights") == "model_ema"
@@ -64,7 +68,7 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
     names = list(content["classes"])
     names += [f"unnamed {i}" for i in range(len(names), config.num_classes or 0)]
     size = config.eval_size or config.input_size
-    model = make_model(replace(config, drop_path=0.0), len(names), size)
+    model = build_from_file(config.model, len(names), size, config.model_args, content[key], config.resume)
     load_weights(model, config.resume, key=key)
     model.to(topology.device).eval()
 
@@ -76,6 +80,8 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
             if images is not None:
                 with autocast(topology.device, config.amp):
                     logits = model(finish.evaluate(images.to(topology.device), size)).float()
+                if not torch.isfinite(logits).all():
+                    raise ValueError(f"{config.resume}: the model's answers are not finite; --amp none may help")
                 likely = logits.sigmoid().sort(descending=True) if several else logits.softmax(1).topk(top_k)
                 rows = iter(zip(*(part.tolist() for part in likely)))
             for index, reason in zip(indices, reasons):
@@ -115,7 +121,7 @@ def find_images(where: str) -> list[str]:
         if left_out:
             print(f"no images, so left out: {listed(left_out)}", file=sys.stderr)
     else:
-        found = [where] if os.path.isfile(where) else [path for path in glob.glob(where) if os.path.isfile(path)]
+        found = [where] if os.path.exists(where) else [path for path in glob.glob(where) if not os.path.isdir(path)]
     if not found:
         raise ValueError(
             f"--predict {where}: no images there; name an image, a folder or a pattern like 'photos/*.jpg'"
@@ -196,7 +202,7 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[int, torch.Tensor | None, str | None]:
         try:
-            return index, self.transform(Path(self.paths[index]).read_bytes()), None
+            return index, self.transform(read_bytes(self.paths[index])), None
         except OSError as error:
             return index, None, error.strerror or str(error)
         except BadImage as error:
@@ -208,7 +214,7 @@ def _batches(
 ) -> Iterator[tuple[list[int], torch.Tensor | None, list[str | None]]]:
     data = _Images(paths, EvalTransform(size, size, "lanczos", config.crop_pct))
     workers = min(config.num_workers, len(paths) // BATCH)  # starting them costs more than a few images
-    options = loader_options(workers, device.type == "cuda")
+    options = loader_options(workers, device.type == "cuda", BATCH * 3 * size**2)
     return iter(DataLoader(data, BATCH, collate_fn=_collate, **options))
 
 

@@ -1,7 +1,7 @@
 """Settings: every one declared once (settings.py), read from recipes (recipes.py) and the command line
 (command_line.py), and checked for its range (checks.py). What cannot work is a UsageError (usage.py)."""
 
-from config.recipes import load_curriculum, load_recipe, to_yaml
+from config.recipes import load_curriculum, load_recipe, plain, to_yaml
 from config.settings import GROUPS, Config
 from config.usage import UsageError, as_usage
 
@@ -12,5 +12,6 @@ __all__ = [
     "as_usage",
     "load_curriculum",
     "load_recipe",
+    "plain",
     "to_yaml",
 ]

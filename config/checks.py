@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 import re
 
+from config.kinds import named
 from config.settings import Config
 from config.usage import UsageError, as_usage
 from curriculum import parse_duration
 
-# The parts of a run that --allow_change names.
-PARTS = ("model", "data", "curriculum", "batch_size", "seed", "optimizer")
+# What --allow_change may name beside a setting: parts of a run that several settings, or the files, decide.
+PARTS = ("model", "data", "curriculum", "optimizer")
 
 _RANGES = {
     "at least 0": (
@@ -22,14 +23,17 @@ _RANGES = {
         "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
     ),
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip max_bad threshold"),
+    "from 0 to 1": (
+        lambda x: 0 <= x <= 1,
+        "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad threshold",
+    ),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
 }
 
 
-def check_settings(config: Config) -> None:
+def check_ranges(config: Config) -> None:
     """Raises UsageError for a setting outside its range; names it, its value and the range."""
     for expected, (fits, names) in _RANGES.items():
         for name in names.split():
@@ -39,8 +43,20 @@ def check_settings(config: Config) -> None:
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
+    low, high = config.crop_ratio
+    if not 0 < low <= high:
+        raise UsageError(f"--crop_ratio is {list(config.crop_ratio)}; it needs 0 < smallest <= largest")
+    for name in ("mean", "std"):
+        values = getattr(config, name)
+        if values is not None and not all((name == "mean" or value > 0) and abs(value) < 1e3 for value in values):
+            raise UsageError(f"--{name} is {list(values)}; it is given for pixels in [0, 1], as --mean [0.5,0.5,0.5]")
     if config.opt_betas is not None and not all(0 <= beta < 1 for beta in config.opt_betas):
         raise UsageError(f"--opt_betas is {list(config.opt_betas)}; each must be at least 0 and below 1")
+
+
+def check_settings(config: Config) -> None:
+    """Raises UsageError for a setting outside its range, and for settings that do not go together."""
+    check_ranges(config)
     if config.eval and not (config.resume or config.finetune):
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
@@ -98,7 +114,7 @@ def parse_share(value: float | str) -> float:
 
 def _check_mae(config: Config) -> None:
     """Raises UsageError for settings that masked autoencoders have no use for."""
-    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob") if getattr(config, name) > 0]
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "color_jitter") if getattr(config, name) > 0]
     if config.magnitude != "none":
         unwanted.append("--magnitude none")
     if unwanted:
@@ -134,11 +150,17 @@ def parse_interval(text: str | float) -> float | None:
 
 
 def parse_parts(text: str | None) -> list[str]:
-    """``data,seed`` -> the names. Raises UsageError for one that is not among PARTS."""
+    """``data,seed`` -> the names. Raises UsageError for one that is neither among PARTS nor a setting that may be
+    allowed to change."""
     names = [name.strip() for name in (text or "").split(",") if name.strip()]
+    known = (*PARTS, *named(Config, "learned", "curriculum", "optimizer"))
     for name in names:
-        if name not in PARTS:
-            near = difflib.get_close_matches(name, PARTS, 1)
-            hint = f"did you mean {near[0]}?" if near else f"it may name {', '.join(PARTS)}"
-            raise UsageError(f"--allow_change {name}: no such part of a run; {hint}")
+        if name in named(Config, "free"):
+            raise UsageError(f"--allow_change {name}: {name} may differ without it; leave it out")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            parts = f"it may name {', '.join(PARTS)}, or a setting that changes what is learned"
+            raise UsageError(
+                f"--allow_change {name}: no such part of a run; {f'did you mean {near[0]}?' if near else parts}"
+            )
     return names

@@ -2,44 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+import json
+import os
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from config.files import read_text
 from config.settings import Config
 
+SIZE = 1 << 17  # bytes of a file: long numbers take time by the square of their length
+DEPTH, FILES = 32, 64  # levels of nesting, and files that one recipe may build on
 
-def load_recipe(path: str, children: tuple[str, ...] = ()) -> dict[str, Any]:
+
+def load_recipe(path: str) -> dict[str, Any]:
     """Reads a recipe, after what it ``extends``: a file or a list of files, as paths from its own folder.
 
-    Keys of a later file replace those of an earlier one, and the recipe's own replace them all.
+    Keys of a later file replace those of an earlier one, and the recipe's own replace them all. Each file is read once.
 
     Raises:
-        ValueError: not readable, not a mapping, or extending itself; names the file.
+        ValueError: not readable, not a mapping, extending itself or more than 64 files; names the file.
     """
-    try:
-        text = Path(path).read_text()
-        refers = any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader))
-        content = None if refers else yaml.safe_load(text)
-    except OSError as error:
-        raise ValueError(f"recipe {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"recipe {path} is not a text file") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # the loader lets a bad date's ValueError through
-        raise ValueError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from None
-    if refers:  # which can grow without bounds
-        raise ValueError(f"recipe {path} refers to a part of itself (*name); write the values out")
-    if not isinstance(content, dict):
-        raise ValueError(f"recipe {path} must be a mapping of settings to values")
-    parents = content.pop("extends", [])
-    if path in children:
+    return _resolve(path, {}, ())
+
+
+def _resolve(path: str, known: dict[str, dict[str, Any]], children: tuple[str, ...]) -> dict[str, Any]:
+    """``known``: what was read before, by real path; ``children``: the chain of files that led here."""
+    real = os.path.realpath(path)
+    if real in children:
         raise ValueError(f"recipe {path} extends itself")
-    settings: dict[str, Any] = {}
-    for parent in parents if isinstance(parents, list) else [parents]:
-        settings.update(load_recipe(str(Path(path).parent / str(parent)), (*children, path)))
-    return {**settings, **content}
+    if real not in known:
+        if len(known) + len(children) >= FILES:
+            raise ValueError(f"recipe {path}: a recipe may build on {FILES} files at most; join some of them")
+        content = read_yaml(path)
+        parents = content.pop("extends", [])
+        settings: dict[str, Any] = {}
+        for parent in parents if isinstance(parents, list) else [parents]:
+            settings.update(_resolve(str(Path(path).parent / str(parent)), known, (*children, real)))
+        known[real] = {**settings, **content}
+    return dict(known[real])
+
+
+def read_yaml(path: str | Path, what: str = "recipe") -> dict[str, Any]:
+    """A YAML file's mapping, with bounded work whatever it holds.
+
+    Raises:
+        ValueError: not readable, larger than 128 KB, deeper than 32 levels, referring to itself, or no mapping.
+    """
+    where = f"{what} {path}"
+    try:
+        text = read_text(path, SIZE)
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):  # which can grow without bounds
+                raise ValueError(f"{where} refers to a part of itself (*name); write the values out")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:
+                raise ValueError(f"{where} is not YAML of settings: it is nested deeper than {DEPTH} levels")
+        content = yaml.safe_load(text)
+    except OSError as error:
+        raise ValueError(f"{where} cannot be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{where} is not YAML: {' '.join(str(error).split())}") from None
+    except (OverflowError, TypeError, RecursionError) as error:  # what the loader makes of odd keys and numbers
+        raise ValueError(f"{where} is not YAML: {error}") from None
+    except ValueError as error:  # a bad date's
+        message = str(error)
+        raise ValueError(message if message.startswith(where) else f"{where} is not YAML: {message}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{where} must be a mapping of settings to values")
+    return content
 
 
 def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
@@ -51,5 +85,10 @@ def load_curriculum(value: str | dict[str, Any]) -> str | dict[str, Any]:
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration, readable as a recipe again."""
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(config).items()}
-    return yaml.safe_dump(plain, sort_keys=False)
+    settings = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(config).items()}
+    return yaml.safe_dump(settings, sort_keys=False)
+
+
+def plain(value: Any) -> Any:
+    """A dataclass or nested value as JSON's types, as files keep it: tuples become lists, keys strings."""
+    return json.loads(json.dumps(asdict(value) if is_dataclass(value) else value))

@@ -1,73 +1,78 @@
-"""Every setting, once: its type, its default and a line of help. Flags and recipe keys are made from this file."""
+"""Every setting, once: its kind, its type, its default and a line of help. Flags and recipe keys are made from it.
+
+The kind (config/kinds.py) says what a resume does when the setting differs from the checkpoint's.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from config.kinds import Free, Learned, Planned, Shape, Stateful
+
 
 @dataclass(kw_only=True)
 class RunConfig:
     """run"""
 
-    output_dir: str | None = None
+    output_dir: Free[str | None] = None
     """Folder for checkpoints, logs and the resolved configuration; required for training."""
-    resume: str | None = None
+    resume: Free[str | None] = None
     """Checkpoint to go on from (or to evaluate); launched again, the same command goes on from what it has done."""
-    auto_resume: bool = True
+    auto_resume: Free[bool] = True
     """Go on from the newest good checkpoint in --output_dir, if there is one."""
-    rows: list[str] | None = None
+    rows: Free[list[str] | None] = None
     """Rows of the papers' tables that this run reproduces, for scripts/results.py; they are in recipes/papers.json."""
-    eval: bool = False
+    eval: Free[bool] = False
     """Evaluate the model of --resume (or --finetune) and exit."""
-    eval_data: str | None = None
+    eval_data: Free[str | None] = None
     """--eval: folder of class folders to score instead of the validation images (ImageNet-V2, -A, -R, ...)."""
-    real_labels: bool = False
+    real_labels: Free[bool] = False
     """--eval: add the accuracy on ImageNet's reassessed labels (ReaL)."""
-    suggest: bool = False
+    suggest: Free[bool] = False
     """Look at the images of --data_path and write a recipe for them, with the reasons, to standard output and as
     recipe.yaml to --output_dir; settings that are given are kept."""
-    predict: str | None = None
+    predict: Free[str | None] = None
     """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
     JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
-    predict_to: str | None = None
+    predict_to: Free[str | None] = None
     """--predict: write to this file instead; CSV if its name ends in .csv."""
-    top_k: int = 5
+    top_k: Free[int] = 5
     """--predict: classes per image."""
-    threshold: float = 0.5
+    threshold: Free[float] = 0.5
     """--predict with a model of --task multilabel: labels of at least this probability are given."""
-    eval_size: int | None = None
+    eval_size: Learned[int | None] = None
     """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
-    plan: Literal["none", "table", "json", "picture"] = "none"
+    plan: Free[Literal["none", "table", "json", "picture"]] = "none"
     """Print what the run would do (picture: draw it, as plan.svg) and exit; no data needed if --num_images is given."""
-    devices: int | None = None
+    devices: Free[int | None] = None
     """Number of devices that --plan reckons with; default: those of this launch."""
-    doctor: bool = False
+    doctor: Free[bool] = False
     """Measure loading, copying and the training step at every input size on this machine, say what holds the run back,
     and exit; a minute at most."""
-    speeds: str | None = None
+    speeds: Free[str | None] = None
     """JSON file of measured speeds, {"images_per_s": {"96": ..., "224": ...}} of one device: --plan then tells time."""
-    device: str = "auto"
+    device: Free[str] = "auto"
     """cuda, cpu or mps; auto takes the best that is there."""
-    seed: int = 0
+    seed: Learned[int] = 0
     """Seed of initial weights, shuffling, augmentation, mixing and drop path."""
-    deterministic: bool = False
+    deterministic: Free[bool] = False
     """Bit-identical results on CUDA too, where a stopped run goes on exactly; slower there."""
-    log_interval: float | str = "50 steps"
+    log_interval: Free[float | str] = "50 steps"
     """Duration between progress lines (the loss is read from the device only then)."""
-    eval_interval: float | str = "5%"
+    eval_interval: Free[float | str] = "5%"
     """Duration between evaluations (at the end of the epoch in which it elapses); there is always one at the end."""
-    save_interval: float | str = "5%"
+    save_interval: Free[float | str] = "5%"
     """Duration between checkpoints, at the very step, or "30 minutes"; there is always one at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Free[int] = 2
     """Newest checkpoint-<step>.pth files kept, beside checkpoint-last.pth and checkpoint-best.pth."""
-    allow_change: str | None = None
-    """What may differ from the checkpoint that is resumed: any of model,data,curriculum,batch_size,seed,optimizer."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    allow_change: Free[str | None] = None
+    """What may differ from the checkpoint that is resumed: settings by name, or model, data, curriculum, optimizer."""
+    on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
     """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
-    stop_after: float | str | None = None
+    stop_after: Free[float | str | None] = None
     """Duration after which the run saves and ends, though its plan goes on; without it the same command goes on."""
-    timeout: float = 30.0
+    timeout: Free[float] = 30.0
     """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
 
 
@@ -75,55 +80,64 @@ class RunConfig:
 class DataConfig:
     """data"""
 
-    data_set: str = "folder"
+    data_set: Free[str] = "folder"
     """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; hfds/NAME: a
     Hugging Face data set; cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
-    data_path: str | None = None
+    data_path: Free[str | None] = None
     """Where the data set lies."""
-    train_split: str = "train"
+    train_split: Free[str] = "train"
     """Folder (or Hugging Face split) of the training images; train finds Training, seg_train and the like, too. Several
     are joined by + (ImageNet-22K in its winter21 layout: imagenet21k_train+imagenet21k_small_classes)."""
-    val_split: str = "val"
+    val_split: Free[str] = "val"
     """The same of the validation images; val finds valid, Validation, test, Testing and the like, too."""
-    val_per_class: int | None = None
+    val_per_class: Free[int | None] = None
     """Where there is no validation set: about this many images of each class, at most a tenth of it, are held out from
     training, by a hash of their paths: other images added or removed change nothing."""
-    val_share: float | str | None = None
+    val_share: Free[float | str | None] = None
     """The same as a share of all images: 10% or 0.1."""
-    labels: str | None = None
+    labels: Free[str | None] = None
     """Table of the labels of images in a folder or in tar archives: .csv, .tsv, .jsonl, .json or .parquet with a column
     of paths, one of labels and, if one file serves both, one of splits (train, val). ImageNet's lists of validation
     labels are found without it."""
-    label_columns: list[str] | None = None
+    label_columns: Free[list[str] | None] = None
     """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
-    label_separator: str | None = None
+    label_separator: Free[str | None] = None
     """--labels: what separates several labels of one image (--task multilabel), e.g. "|"; lists, repeated rows and a
     column of 0 and 1 for each class state several, too."""
-    label_key: str = "label"
+    label_key: Free[str] = "label"
     """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
-    class_map: str | None = None
+    class_map: Free[str | None] = None
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
-    max_bad: float = 0.001
+    max_bad: Free[float] = 0.001
     """Share of the images that may be unreadable, but at least 10 files (0: none). Training images are replaced and
     named in bad_files.txt, validation images found and left out before the first step; beyond it the run stops."""
-    num_images: int | None = None
+    num_images: Free[int | None] = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
-    num_classes: int | None = None
+    num_classes: Shape[int | None] = None
     """Number of classes; default: what the data set has (1000 for a plan without data)."""
-    num_workers: int = 8
+    num_workers: Free[int] = 8
     """Loader processes of each training process; 0 loads in the training process itself."""
-    crop_pct: float = 0.875
+    crop_pct: Learned[float] = 0.875
     """Evaluation: share of the resized image's short side that the centre crop keeps; from 384 px all is squashed."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Learned[tuple[float, float]] = (0.08, 1.0)
     """Training: range of the random resized crop's area, as a share of the image's."""
-    pipeline: Literal["exact", "fast"] = "exact"
+    crop_ratio: Learned[tuple[float, float]] = (3 / 4, 4 / 3)
+    """Training: range of the crop's width / height, before it is resized to a square."""
+    train_interpolation: Learned[Literal["bicubic", "bilinear", "random"]] = "bicubic"
+    """Training: how the crop is resized to the base size; random: one of the two, drawn for each image, as timm's."""
+    mean: Learned[tuple[float, float, float] | None] = None
+    """By which pixels, in [0, 1], are normalised, per channel; default: what the weights that the run starts from were
+    trained with, ImageNet's without any."""
+    std: Learned[tuple[float, float, float] | None] = None
+    """The deviation that goes with --mean."""
+    pipeline: Learned[Literal["exact", "fast"]] = "exact"
     """exact: decode, crop at the base size, augment, reduce; fast: approximations that save decoding time."""
-    augment_on: Literal["host", "device"] = "host"
+    augment_on: Learned[Literal["host", "device"]] = "host"
     """Where flips and RandAugment run: in the loader's workers, or batched on the device (few CPU cores per GPU)."""
-    replay: list[int] | None = None
+    replay: Planned[list[int] | None] = None
     """For each stage, how often a loaded image is used on average, e.g. [4, 2, 1] (ET++ Section 5.3); default: once.
     Depends on the number of processes, for each replays the images that it loaded."""
-    replay_memory: float = 4.0
+    replay_memory: Learned[float] = 4.0
     """GB of main memory for the replay buffer, per process."""
 
 
@@ -131,61 +145,64 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    task: Literal["supervised", "multilabel", "mae"] = "supervised"
+    task: Shape[Literal["supervised", "multilabel", "mae"]] = "supervised"
     """What is learned: one class per image, any number of labels per image (multilabel; from --labels or the .json
     files of tar shards), or (mae) to fill in what is masked of an image, for fine-tuning later."""
-    model: str = "convnext_tiny"
+    model: Shape[str] = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
-    input_size: int = 224
+    input_size: Planned[int] = 224
     """The full ("base") input size, pixels a side."""
-    drop_path: float = 0.0
+    drop_path: Learned[float] = 0.0
     """Stochastic depth rate of the last block (0 at the first, rising linearly)."""
-    model_args: dict[str, Any] | None = None
+    model_args: Shape[dict[str, Any] | None] = None
     """More keyword arguments of the model's constructor, e.g. {ls_init_value: 1e-6}."""
-    finetune: str | None = None
+    finetune: Learned[str | None] = None
     """Weights to start from: a file (ours or anyone's), a URL or a hub name."""
-    linear_probe: bool | Literal["batchnorm"] = False
+    linear_probe: Shape[bool | Literal["batchnorm"]] = False
     """Train the classifier alone, on a body that stands still (with --finetune); batchnorm: behind one, as MAE's."""
-    head_init_scale: float = 1.0
+    head_init_scale: Learned[float] = 1.0
     """Factor on the head's initial weights when fine-tuning gives the model a new head (ConvNeXt: 0.001)."""
-    mae_target: Literal["pixels", "hog"] = "pixels"
+    mae_target: Shape[Literal["pixels", "hog"]] = "pixels"
     """--task mae: what is predicted: pixels, normalised within each patch, or histograms of oriented gradients."""
-    mask_ratio: float = 0.75
+    mask_ratio: Learned[float] = 0.75
     """--task mae: share of the patches that the model does not see."""
-    decoder: tuple[int, int, int] = (8, 512, 16)
+    decoder: Shape[tuple[int, int, int]] = (8, 512, 16)
     """--task mae: blocks, width and heads of the decoder, which is thrown away after pre-training."""
-    model_ema: bool = False
+    model_ema: Learned[bool] = False
     """Keep an exponential moving average of the weights and evaluate it too."""
-    model_ema_decay: float = 0.9999
+    model_ema_decay: Learned[float] = 0.9999
     """Its decay per optimizer step."""
-    channels_last: bool = False
+    channels_last: Free[bool] = False
     """channels_last memory format: faster convolutions on CUDA and, in bf16, on CPU."""
-    compile: bool = False
+    compile: Free[bool] = False
     """torch.compile the model, once per input size."""
+    tf32: Learned[bool] = True
+    """TensorFloat-32 on CUDA for what is computed in fp32: faster on Ampere and later, 10 bits of mantissa in products.
+    What is done to images is computed exactly in any case."""
 
 
 @dataclass(kw_only=True)
 class CurriculumConfig:
     """curriculum"""
 
-    curriculum: str | dict[str, Any] = "efficienttrain++"
+    curriculum: Planned[str | dict[str, Any]] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
     efficienttrain++-experimental, progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
-    epochs: float = 200
+    epochs: Planned[float] = 200
     """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
-    warmup_epochs: float | str = "5%"
+    warmup_epochs: Learned[float | str] = "5%"
     """Duration of the linear warm-up: 3.7 (epochs of the plan's clock), 20 passes, 20% or 500 steps."""
-    magnitude: Literal["linear", "steps", "constant", "none"] | None = None
+    magnitude: Planned[Literal["linear", "steps", "constant", "none"] | None] = None
     """RandAugment magnitude; default: the curriculum's (linear; constant for none). none switches RandAugment off."""
-    max_magnitude: float = 9.0
+    max_magnitude: Planned[float] = 9.0
     """The magnitude at the end, 0 to 10."""
-    operator: Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None = None
+    operator: Planned[Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None] = None
     """How images are reduced to B; default: the curriculum's (efficienttrain fourier, efficienttrain++ lanczos)."""
-    baseline_epochs: float | None = None
+    baseline_epochs: Free[float | None] = None
     """Ordinary epochs that printed speed-ups compare with; default: the run's own --epochs."""
-    early_large_batch: bool = False
+    early_large_batch: Planned[bool] = False
     """Larger batches at small sizes, (base/B)^2 rounded to a power of two times --batch_size (ET++ Section 5.3)."""
-    lr_rule: Literal["sqrt", "linear"] = "sqrt"
+    lr_rule: Learned[Literal["sqrt", "linear"]] = "sqrt"
     """How the learning rate follows a batch enlarged by --early_large_batch."""
 
 
@@ -193,35 +210,35 @@ class CurriculumConfig:
 class OptimConfig:
     """optimization"""
 
-    batch_size: int = 4096
+    batch_size: Learned[int] = 4096
     """Images per optimizer step, over all devices; what is learnt depends on it, so it is the recipe's."""
-    micro_batch: int | Literal["auto"] | None = None
+    micro_batch: Learned[int | Literal["auto"] | None] = None
     """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
     Default: a device's whole share. auto: as many as fit."""
-    forward_batch: dict[int, int] | None = None
+    forward_batch: Learned[dict[int, int] | None] = None
     """Most images of one forward pass, by input size; default: as many groups as cost what one costs at the base size.
     --micro_batch auto finds them and notes them in config.yaml."""
-    opt: str = "adamw"
+    opt: Stateful[str] = "adamw"
     """Optimizer, by timm's names: adamw, lamb, sgd, ..."""
-    lr: float = 4e-3
+    lr: Learned[float] = 4e-3
     """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
-    min_lr: float = 1e-6
+    min_lr: Learned[float] = 1e-6
     """Learning rate at the end of the cosine."""
-    weight_decay: float = 0.05
+    weight_decay: Learned[float] = 0.05
     """Weight decay of matrices; biases, norms and what the model names have none."""
-    weight_decay_end: float | None = None
+    weight_decay_end: Learned[float | None] = None
     """Weight decay at the end of a cosine; default: constant."""
-    opt_eps: float | None = None
+    opt_eps: Stateful[float | None] = None
     """Optimizer's epsilon; default: the optimizer's own."""
-    opt_betas: tuple[float, float] | None = None
+    opt_betas: Stateful[tuple[float, float] | None] = None
     """Adam's or LAMB's betas; default: (0.9, 0.999)."""
-    momentum: float = 0.9
+    momentum: Stateful[float] = 0.9
     """SGD's momentum."""
-    layer_decay: float = 1.0
+    layer_decay: Stateful[float] = 1.0
     """Learning rate factor per layer, counted from the head (fine-tuning); 1 is off."""
-    clip_grad: float | None = None
+    clip_grad: Learned[float | None] = None
     """Clip the gradient's global norm, with and without --amp."""
-    amp: Literal["none", "bf16", "fp16"] = "none"
+    amp: Learned[Literal["none", "bf16", "fp16"]] = "none"
     """Automatic mixed precision; fp16 comes with a gradient scaler."""
 
 
@@ -229,20 +246,23 @@ class OptimConfig:
 class AugmentConfig:
     """regularization (after RandAugment)"""
 
-    mixup: float = 0.8
+    mixup: Learned[float] = 0.8
     """Mixup's alpha; 0 is off."""
-    cutmix: float = 1.0
+    cutmix: Learned[float] = 1.0
     """CutMix's alpha; 0 is off."""
-    mixup_prob: float = 1.0
+    mixup_prob: Learned[float] = 1.0
     """Probability that a group of images is mixed at all."""
-    mixup_switch_prob: float = 0.5
+    mixup_switch_prob: Learned[float] = 0.5
     """Probability of CutMix when both are on."""
-    smoothing: float = 0.1
+    smoothing: Learned[float] = 0.1
     """Label smoothing (--task supervised)."""
-    reprob: float = 0.25
+    reprob: Learned[float] = 0.25
     """Probability of random erasing."""
-    hflip: float = 0.5
+    hflip: Learned[float] = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: Learned[float] = 0.0
+    """Brightness, contrast and saturation are scaled by factors up to this far from 1, before RandAugment; 0 is off.
+    (In timm and ConvNeXt it is ignored where RandAugment runs; --magnitude none switches that off.)"""
 
 
 GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
@@ -251,8 +271,3 @@ GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, Aug
 @dataclass(kw_only=True)
 class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
     """All settings of a run (a dataclass lists the fields of its last base first)."""
-
-    @property
-    def baseline(self) -> float:
-        """Ordinary epochs that speed-ups compare with."""
-        return self.baseline_epochs or self.epochs

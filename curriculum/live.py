@@ -137,6 +137,7 @@ class _Hook:
     def __init__(self, live: LiveCurriculum | None = None) -> None:
         self.live = live
 
+    @torch.compiler.disable  # counting images in a compiled graph would compile it anew each time
     def __call__(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         return None if self.live is None else self.live.reduce(model, args, kwargs)
 

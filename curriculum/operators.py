@@ -1,15 +1,16 @@
 """Low-frequency operators: how an image is reduced to the easier part of its content."""
 
 import math
-from contextlib import nullcontext
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import lru_cache, partial
 from numbers import Integral
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-MODES = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
+OPERATORS = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
 
 
 def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
@@ -22,8 +23,8 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
     is dropped. Output pixel (0, 0) lies on input pixel (0, 0), whereas resizing aligns the corners of the pixels.
 
     Args:
-        x: float images (..., H, W), any device. Half precisions are computed in float32, also under autocast. (TF32
-            products, where the caller allows them on CUDA, leave an error of about 1e-3.)
+        x: float images (..., H, W), any device. Half precisions are computed in float32, also under autocast; TF32
+            products, where the caller allows them on CUDA, are not used.
         size: side of the output, 1 <= size <= min(H, W). If size == H == W, x itself is returned.
     Returns:
         (..., size, size) in x's dtype; differentiable.
@@ -53,7 +54,7 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
         parts = images.split(8 * torch.get_num_threads())
     else:
         parts = (images,)
-    with _without_autocast(x.device.type):
+    with _full_precision(x.device.type):
         out = torch.cat([_apply_axes(part, rows, columns) for part in parts])
     out = out.view(*x.shape[:-2], size, size)
     return out.to(x.dtype)
@@ -69,7 +70,7 @@ def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
         x: images (..., C, H, W), float or uint8. uint8 results are rounded and clamped to 0 ... 255, which cuts off the
             overshoot of `fourier`: float images keep it.
         size: side of the output, 1 <= size <= min(H, W). If size == H == W, x itself is returned.
-        mode: one of `MODES`.
+        mode: one of `OPERATORS`.
     Returns:
         (..., C, size, size) in x's dtype.
     Raises:
@@ -78,8 +79,8 @@ def downsample(x: torch.Tensor, size: int, mode: str) -> torch.Tensor:
     >>> downsample(torch.zeros(3, 256, 320, dtype=torch.uint8), 96, "lanczos").shape
     torch.Size([3, 96, 96])
     """
-    if mode not in MODES:
-        raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(MODES)}")
+    if mode not in OPERATORS:
+        raise ValueError(f"down-sampling mode {mode!r} is not known; choose one of {', '.join(OPERATORS)}")
     _check_images(x)
     if not x.is_floating_point() and x.dtype != torch.uint8:
         raise ValueError(f"downsample takes float or uint8 images, got {x.dtype}: convert them first")
@@ -209,7 +210,7 @@ def _lanczos(x: torch.Tensor, size: int) -> torch.Tensor:
     real = torch.promote_types(x.dtype, torch.float32)
     rows = _lanczos_matrix(x.shape[-2], size, real, x.device)
     columns = _lanczos_matrix(x.shape[-1], size, real, x.device)
-    with _without_autocast(x.device.type):
+    with _full_precision(x.device.type):
         out = x.to(real) @ columns.T
         if x.dtype == torch.uint8:  # PIL holds 8 bits between the passes; without that it differs by tens of levels
             out = _to_levels(out)
@@ -252,10 +253,24 @@ def _to_levels(x: torch.Tensor) -> torch.Tensor:
     return x.round().clamp(0, 255)
 
 
-def _without_autocast(device_type: str):
-    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
-        return nullcontext()
-    return torch.autocast(device_type, enabled=False)
+@contextmanager
+def _full_precision(device_type: str) -> Iterator[None]:
+    """No autocast, and no TF32 products on CUDA, whatever the caller allows for its model."""
+    autocast = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    with torch.autocast(device_type, enabled=False) if autocast else nullcontext():
+        if device_type != "cuda":
+            yield
+            return
+        try:  # torch refuses a mixture of its two ways to say it: the one that the caller used is used here too
+            allowed, write, ieee = torch.get_float32_matmul_precision(), torch.set_float32_matmul_precision, "highest"
+        except RuntimeError:
+            products = torch.backends.cuda.matmul
+            allowed, write, ieee = products.fp32_precision, partial(setattr, products, "fp32_precision"), "ieee"
+        write(ieee)
+        try:
+            yield
+        finally:
+            write(allowed)
 
 
 def _check_images(x: torch.Tensor) -> None:

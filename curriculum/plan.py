@@ -13,7 +13,7 @@ from curriculum.presets import Curriculum, resolve
 from curriculum.records import Pass, Stage, make_records, make_stages
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Plan:
     """The whole run. Made by :func:`build_plan`; iterating it gives its :class:`Pass` records in order."""
 
@@ -36,6 +36,15 @@ class Plan:
 
     def __len__(self) -> int:
         return len(self.records)
+
+    def __repr__(self) -> str:
+        """A line for the run and one for each stage; `curriculum.table` says more."""
+        stages = [
+            f"  B {stage.input_size}: {stage.passes:.1f} passes, {stage.steps:,} steps of {stage.batch_size:,} images"
+            for stage in self.stages
+        ]
+        head = f"Plan: {self.curriculum.name}, {self.epochs:g} epochs at base size {self.base_size}"
+        return "\n".join([f"{head}, {self.num_images:,} images, {self.total_steps:,} steps", *stages])
 
     @property
     def base_size(self) -> int:

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-OPERATORS = ("fourier", "lanczos", "bicubic", "bilinear", "nearest")
+from curriculum.operators import OPERATORS
+
 MAGNITUDES = ("linear", "steps", "constant", "none")
 CLOCKS = ("epochs", "compute")
 

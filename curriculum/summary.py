@@ -10,7 +10,7 @@ from curriculum.sampler import CurriculumSampler
 
 def summarize(
     plan: Plan,
-    baseline_epochs: float,
+    baseline_epochs: float = 300,
     flops: dict[int, float] | None = None,
     params: int | None = None,
     sampler: CurriculumSampler | None = None,
@@ -35,7 +35,7 @@ def summarize(
 
     >>> from curriculum import build_plan
     >>> plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
-    >>> round(summarize(plan, baseline_epochs=300)["total"]["speedup_pixels"], 2)
+    >>> round(summarize(plan)["total"]["speedup_pixels"], 2)
     1.5
     """
     records = list(plan)
@@ -116,14 +116,20 @@ def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, floa
     return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed / stage.replay}
 
 
-def table(summary: dict[str, Any], baseline_epochs: float) -> str:
-    """The summary as text for a terminal: what is trained, what that costs, and the totals.
+def table(summary: dict[str, Any] | Plan, baseline_epochs: float = 300) -> str:
+    """A plan, or its summary, as text for a terminal: what is trained, what that costs, and the totals.
+
+    Args:
+        summary: of :func:`summarize`, or a plan, which is then summarized by pixels alone.
+        baseline_epochs: those that the summary was made with.
 
     >>> from curriculum import build_plan
     >>> plan = build_plan("none", epochs=10, num_images=1000, batch_size=100)
-    >>> table(summarize(plan, 10), 10).splitlines()[0]
+    >>> table(plan).splitlines()[0]
     'curriculum none, 10 epochs at base size 224, 1,000 images'
     """
+    if isinstance(summary, Plan):
+        summary = summarize(summary, baseline_epochs)
     lines = [
         f"curriculum {summary['curriculum']}, {summary['epochs']:g} epochs at base size {summary['base_size']}, "
         f"{summary['num_images']:,} images",

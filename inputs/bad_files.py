@@ -44,14 +44,9 @@ class BadFiles:
     Args:
         max_fraction: of the training set (``--max_bad``).
         folder: where ``bad_files.txt`` is written; None: nowhere.
-
-    Raises:
-        ValueError: ``max_fraction`` outside [0, 1].
     """
 
     def __init__(self, max_fraction: float = 0.001, folder: str | Path | None = None):
-        if not 0 <= max_fraction <= 1:
-            raise ValueError(f"--max_bad is {max_fraction}: a share of the training set lies in [0, 1]")
         self.max_fraction = max_fraction
         self.path = Path(folder) / FILE_NAME if folder else None
         self.names: set[str] = set()

@@ -6,6 +6,7 @@ Pixels equal the host's operations (`inputs.warps`) to 0.25 levels of 255 on ave
 """
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,7 +15,12 @@ from PIL import Image
 
 from curriculum.augment import Operation
 from curriculum.operators import downsample
+from inputs.transfer import send
 from inputs.transforms import TrainTransform, as_batch
+
+Counts = dict[str, int]
+Step = Callable[[torch.Tensor, torch.Tensor, Counts, Sequence[int]], torch.Tensor]
+Work = tuple[Step, tuple[int, int], Counts]
 
 GREY = (0.299, 0.587, 0.114)
 HAIR = 1e-3  # whole numbers that arithmetic in float32 leaves a hair below themselves must not be truncated
@@ -35,7 +41,10 @@ class DeviceTransform:
 
 
 class DeviceAugment:
-    """The device's share: flips, applies the operations of each image, and reduces the batch to B."""
+    """The device's share: flips, applies the operations of each image, and reduces the batch to B.
+
+    What is to be done goes to the device in one copy per batch, so the host never waits.
+    """
 
     def __init__(self, operator: str, fill: Sequence[int]):
         self.operator = operator
@@ -48,19 +57,14 @@ class DeviceAugment:
             images: uint8 (N, 3, S, S) on any device. choices: float64 (N, 1 + 2 slots) on the CPU, from `encode`.
             size: input size B.
         """
-        choices = choices.numpy()
-        flipped = np.flatnonzero(choices[:, 0])
+        rows, work = arrange(choices.numpy(), *images.shape[-2:])
         x = images.to(torch.float32, memory_format=torch.contiguous_format)
-        if len(flipped):
-            where = torch.from_numpy(flipped).to(x.device)
-            x[where] = x[where].flip(-1)
-        for slot in range(1, choices.shape[1], 2):
-            for names, apply in STEPS:
-                rows = np.flatnonzero(np.isin(choices[:, slot], [NAMES.index(name) for name in names]))
-                if len(rows):
-                    kinds = [NAMES[int(kind)] for kind in choices[rows, slot]]
-                    where = torch.from_numpy(rows).to(x.device)
-                    x[where] = apply(x[where], kinds, choices[rows, slot + 1], self.fill)
+        if work:
+            numbers = send(torch.from_numpy(rows), x.device)
+            places = numbers[:, 0].long()
+            for step, (first, last), counts in work:
+                where = places[first:last]
+                x[where] = step(x.index_select(0, where), numbers[first:last, 1:], counts, self.fill)
         x = x.to(torch.uint8)
         return x if self.operator == "fourier" else downsample(x, size, self.operator)
 
@@ -74,20 +78,63 @@ def encode(flip: bool, operations: Sequence[Operation], slots: int) -> np.ndarra
     return choices
 
 
-# Each step takes float (n, 3, H, W) of whole levels, the operations' names and arguments (n,), and the fill colour.
+def arrange(
+    choices: np.ndarray, height: int, width: int
+) -> tuple[np.ndarray, list[tuple[Step, tuple[int, int], Counts]]]:
+    """A batch's choices (N, 1 + 2 slots) in the order in which they are carried out.
+
+    Returns:
+        float32 (rows, 8): the image's place, the operation's argument, a warp's matrix; and for each step its rows and
+        how many of them belong to each operation, in order.
+    """
+    flipped = np.flatnonzero(choices[:, 0] > 0)
+    blocks, work, end = [_block(flipped)], [(_flip, (0, len(flipped)), {})] * bool(len(flipped)), len(flipped)
+    for slot in range(1, choices.shape[1], 2):
+        kinds = choices[:, slot].astype(int)
+        for names, step in STEPS:
+            numbers = [NAMES.index(name) for name in names]
+            places = np.flatnonzero(np.isin(kinds, numbers))
+            if not len(places):
+                continue
+            places = places[np.argsort(kinds[places], kind="stable")]
+            block = _block(places, choices[places, slot + 1])
+            counts = {name: int((kinds[places] == number).sum()) for name, number in zip(names, numbers)}
+            if step is _warp:
+                block[:, 2:] = _matrices(np.array(NAMES)[kinds[places]], choices[places, slot + 1], height, width)
+            blocks.append(block)
+            work.append((step, (end, end + len(places)), counts))
+            end += len(places)
+    return np.concatenate(blocks), work
 
 
-def _look_up(x: torch.Tensor, names: Sequence[str], values: np.ndarray, fill: Sequence[int]) -> torch.Tensor:
+def _block(places: np.ndarray, values: np.ndarray | float = 0.0) -> np.ndarray:
+    block = np.zeros((len(places), 8), np.float32)
+    block[:, 0], block[:, 1] = places, values
+    return block
+
+
+@lru_cache(maxsize=32)
+def _constant(values: tuple[float, ...], shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """float32 values on the device; copied there once, for such a copy waits."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.float32, device=device).view(shape)
+
+
+# Each step takes float (n, 3, H, W) of whole levels; for each of the images the operation's argument and a warp's
+# matrix, (n, 7); how many images belong to each operation, in order; and the fill colour.
+
+
+def _flip(x: torch.Tensor, numbers: torch.Tensor, counts: Counts, fill: Sequence[int]) -> torch.Tensor:
+    return x.flip(-1)
+
+
+def _look_up(x: torch.Tensor, numbers: torch.Tensor, counts: Counts, fill: Sequence[int]) -> torch.Tensor:
     """Operations that map levels to levels, by a table per image and channel."""
-    tables = torch.empty(len(x), 3, 256, device=x.device)
-    for name in sorted(set(names)):
-        rows = [k for k, other in enumerate(names) if other == name]
-        where = torch.tensor(rows, device=x.device)
-        arguments = torch.tensor(values[rows], dtype=torch.float32, device=x.device).view(-1, 1, 1)
-        levels = torch.arange(256.0, device=x.device).view(1, 1, -1)
-        tables[where] = TABLES[name](x[where], arguments, levels).expand(-1, 3, -1)
-    tables = (tables + HAIR).floor().clamp_(0, 255)
-    return tables.gather(2, x.flatten(2).long()).view_as(x)
+    levels = _constant(tuple(range(256)), (1, 1, 256), x.device)
+    sizes = list(counts.values())
+    parts = zip(counts, x.split(sizes), numbers[:, :1, None].split(sizes))
+    tables = [TABLES[name](part, values, levels).expand(len(part), 3, 256) for name, part, values in parts if len(part)]
+    return (torch.cat(tables) + HAIR).floor().clamp_(0, 255).gather(2, x.flatten(2).long()).view_as(x)
 
 
 def _autocontrast(x: torch.Tensor, _: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -130,17 +177,16 @@ TABLES: dict[str, Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Ten
 }
 
 
-def _blend(x: torch.Tensor, names: Sequence[str], values: np.ndarray, fill: Sequence[int]) -> torch.Tensor:
+def _blend(x: torch.Tensor, numbers: torch.Tensor, counts: Counts, fill: Sequence[int]) -> torch.Tensor:
     """Colour and sharpness: away from or towards the grey or the smoothed image."""
-    factor = torch.tensor(values, dtype=torch.float32, device=x.device).view(-1, 1, 1, 1)
-    sharpen = torch.tensor([name.startswith("Sharpness") for name in names], device=x.device).view(-1, 1, 1, 1)
-    other = torch.where(sharpen, _smooth(x), _grey(x).expand_as(x))
-    return (other + factor * (x - other) + HAIR).floor().clamp_(0, 255)
+    sharpened = counts["SharpnessIncreasing"]  # which come last
+    coloured = len(x) - sharpened
+    other = torch.cat((_grey(x[:coloured]).expand(-1, 3, -1, -1), _smooth(x[coloured:])))
+    return (other + numbers[:, 0].view(-1, 1, 1, 1) * (x - other) + HAIR).floor().clamp_(0, 255)
 
 
 def _grey(x: torch.Tensor) -> torch.Tensor:
-    weights = torch.tensor(GREY, device=x.device).view(1, 3, 1, 1)
-    return ((x * weights).sum(1, keepdim=True) + 0.5).floor()
+    return ((x * _constant(GREY, (1, 3, 1, 1), x.device)).sum(1, keepdim=True) + 0.5).floor()
 
 
 def _smooth(x: torch.Tensor) -> torch.Tensor:
@@ -152,32 +198,34 @@ def _smooth(x: torch.Tensor) -> torch.Tensor:
     return out
 
 
-def _warp(x: torch.Tensor, names: Sequence[str], values: np.ndarray, fill: Sequence[int]) -> torch.Tensor:
+def _warp(x: torch.Tensor, numbers: torch.Tensor, counts: Counts, fill: Sequence[int]) -> torch.Tensor:
     """Rotation, shear and translation: cubic interpolation with the edge repeated, ``fill`` from outside."""
-    height, width = x.shape[-2:]
-    matrices = np.stack([_matrix(name, value, height, width) for name, value in zip(names, values)])
-    theta = torch.tensor(matrices, dtype=torch.float32, device=x.device)
-    grid = F.affine_grid(theta, list(x.shape), align_corners=False)  # in units where the image is [-1, 1]
+    # In units where the image is [-1, 1], and by sums: the product of matrices in affine_grid may be in TF32.
+    down, right = ((2 * torch.arange(n, device=x.device) + 1) / n - 1 for n in x.shape[-2:])
+    a, b, c, d, e, f = numbers[:, 1:, None, None].unbind(1)
+    grid = torch.stack((a * right + b * down[:, None] + c, d * right + e * down[:, None] + f), -1)
     warped = F.grid_sample(x, grid, mode="bicubic", padding_mode="border", align_corners=False)
     inside = ((grid >= -1) & (grid < 1)).all(-1).unsqueeze(1)
-    colour = torch.tensor(fill, dtype=x.dtype, device=x.device).view(1, 3, 1, 1)
-    return torch.where(inside, (warped + HAIR).floor().clamp_(0, 255), colour)
+    return torch.where(inside, (warped + HAIR).floor().clamp_(0, 255), _constant(fill, (1, 3, 1, 1), x.device))
 
 
-def _matrix(name: str, value: float, height: int, width: int) -> np.ndarray:
-    """(2, 3): where a pixel comes from, in units where the image is [-1, 1]."""
-    if name == "Rotate":
-        cos, sin = np.cos(np.radians(value)), np.sin(np.radians(value))
-        return np.array([[cos, -sin * height / width, 0], [sin * width / height, cos, 0]])
-    x, y = (value, 0.0) if "X" in name else (0.0, value)
-    if name.startswith("Translate"):
-        return np.array([[1, 0, 2 * x], [0, 1, 2 * y]])
+def _matrices(names: np.ndarray, values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(n, 6): where a pixel comes from, in units where the image is [-1, 1]: x' = a x + b y + c, y' = d x + e y + f."""
+    a, b, c, d, e, f = matrices = np.tile(np.array([[1.0], [0], [0], [0], [1], [0]]), len(names))
+    turned = names == "Rotate"
+    cos, sin = np.cos(np.radians(values)), np.sin(np.radians(values))
+    a[turned], b[turned] = cos[turned], (-sin * height / width)[turned]
+    d[turned], e[turned] = (sin * width / height)[turned], cos[turned]
+    c[:] = np.where(names == "TranslateXRel", 2 * values, 0)
+    f[:] = np.where(names == "TranslateYRel", 2 * values, 0)
     # PIL shears about the upper left corner, which lies at (-1, -1) here.
-    x, y = x * height / width, y * width / height
-    return np.array([[1, x, x], [y, 1, y]])
+    for name, slope, shift, ratio in (("ShearX", b, c, height / width), ("ShearY", d, f, width / height)):
+        sheared = names == name
+        slope[sheared] = shift[sheared] = ratio * values[sheared]
+    return matrices.T
 
 
-STEPS: tuple[tuple[tuple[str, ...], Callable[..., torch.Tensor]], ...] = (
+STEPS: tuple[tuple[tuple[str, ...], Step], ...] = (
     (tuple(TABLES), _look_up),
     (("Color", "ColorIncreasing", "SharpnessIncreasing"), _blend),
     (("Rotate", "ShearX", "ShearY", "TranslateXRel", "TranslateYRel"), _warp),

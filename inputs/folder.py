@@ -12,6 +12,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from config.files import open_file
 from inputs.formats import ENDINGS, ending, hidden, listed, readable, sniff, why_left_out
 from inputs.index_file import INDEX_NAME, IndexFile, IndexWriter, Progress, open_or_build
 from inputs.names import NameWriter, hash_of, natural, packed_name, packed_names
@@ -36,9 +37,8 @@ class FolderIndex:
 
     A class has all images below its folder. Files are images by their ending or else by their content; those that are
     not are counted by ending. Names that start with a dot are hidden. The first time, the tree is listed (with a
-    progress line on standard error) and the index written to ``root``, or where that is read-only to the user's cache
-    folder. Later it is opened if no folder has changed since: file names are checked by their folder's modification
-    time.
+    progress line on standard error) and the index written to the user's cache folder. Later it is opened if no folder
+    has changed since: file names are checked by their folder's modification time.
 
     Args:
         root: folder of class folders.
@@ -118,8 +118,8 @@ class FolderIndex:
         return self._index.meta["endings"], left_out
 
     def read(self, i: int) -> bytes:
-        """Content of image ``i``. Raises OSError if the file has gone or cannot be read."""
-        with open(self.path(i), "rb", buffering=0) as file:
+        """Content of image ``i``. Raises OSError if the file has gone, cannot be read or is none (a FIFO)."""
+        with open_file(self.path(i)) as file:
             return file.read()
 
     def label(self, i: int) -> int:

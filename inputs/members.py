@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+from config.files import open_file
+from inputs.archive import LIMIT, open_archive
 from inputs.formats import ENDINGS, HEAD, ending, hidden, image_format, readable, why_left_out
 
 LABEL_SIDES = (".cls", ".json", ".txt")  # side files that may hold a label, the surest first
 LONGEST = 200  # characters of a label in a .cls or .txt: more is a caption
-LARGEST = 2**20  # bytes of a side file that is looked at
 
 
 @dataclass
@@ -64,7 +65,7 @@ def scan(path: str, label_key: str = "label", flat: bool = False) -> Scan:
     """
     result, texts, links = Scan(), {}, []
     try:
-        with tarfile.open(path, "r:") as archive:
+        with open_file(path) as file, open_archive(file) as archive:
             try:
                 for member in archive:
                     _sort_in(archive, member, result, texts, links)
@@ -112,7 +113,7 @@ def _sort_in(archive: tarfile.TarFile, member: tarfile.TarInfo, result: Scan, te
         result.members.append(Member(member.offset_data, member.size, name))
     elif format is None:
         # Only what may state a label is kept; of the others that they are there.
-        stated = kind in LABEL_SIDES and member.size <= LARGEST
+        stated = kind in LABEL_SIDES and member.size <= LIMIT
         texts[name] = archive.extractfile(member).read() if stated else b""
     else:
         result.left_out[why_left_out(kind, format)] += 1

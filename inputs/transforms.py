@@ -12,12 +12,11 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from curriculum.augment import Operation, RandAugment
-from curriculum.operators import MODES, downsample
+from curriculum.operators import downsample
 from inputs.decode import BadImage, decode, decode_reduced, image_pixels, jpeg_size
 from inputs.warps import apply_operations
 
 INTERPOLATIONS = ("bicubic", "bilinear")
-PIPELINES = ("exact", "fast")
 # From here on evaluation squashes the whole image to a square, as ConvNeXt's and the papers' code does.
 SQUASH_FROM = 384
 # Evaluation enlarges images of this many times their short side only where the crop will be: the whole of 20000 x 1
@@ -41,16 +40,16 @@ class TrainTransform:
 
     Args:
         base_size: the full input size, at which images are cropped and augmented.
-        operator: how images are reduced to B, one of `curriculum.operators.MODES`.
+        operator: how images are reduced to B, one of `curriculum.operators.OPERATORS`.
         randaugment: None for none.
         scale: range of the crop's area as a share of the image's. ratio: range of its width / height.
         flip: probability of a horizontal flip.
         color_jitter: brightness, contrast and saturation are scaled by factors from [1 - c, 1 + c], in random order.
-        interpolation: of the resized crop, ``bicubic`` or ``bilinear``; both antialiased, as PIL's.
+        interpolation: of the resized crop, ``bicubic`` or ``bilinear``, both antialiased, as PIL's; ``random``: one of
+            them for each image.
         pipeline: ``exact`` or ``fast``.
 
-    Raises:
-        ValueError: an argument outside its range.
+    Ranges are those of the settings (`config.checks`), and are checked there.
     """
 
     def __init__(
@@ -65,17 +64,6 @@ class TrainTransform:
         interpolation: str = "bicubic",
         pipeline: str = "exact",
     ):
-        _check_choice("operator", operator, MODES)
-        _check_choice("interpolation", interpolation, INTERPOLATIONS)
-        _check_choice("--pipeline", pipeline, PIPELINES)
-        if not 0 < scale[0] <= scale[1] <= 1:
-            raise ValueError(f"--crop_scale is {tuple(scale)}: it needs 0 < smallest <= largest <= 1")
-        if not 0 < ratio[0] <= ratio[1]:
-            raise ValueError(f"ratio is {tuple(ratio)}: it needs 0 < smallest <= largest")
-        if not 0 <= flip <= 1:
-            raise ValueError(f"--hflip is {flip}: a probability lies in [0, 1]")
-        if not 0 <= color_jitter <= 1:
-            raise ValueError(f"color_jitter is {color_jitter}: it lies in [0, 1]")
         self.base_size = base_size
         self.operator = operator
         self.randaugment = randaugment
@@ -127,7 +115,8 @@ class TrainTransform:
             pixels = decode_reduced(data, step)
         rows = slice(top // step, -(-(top + height) // step))
         columns = slice(left // step, -(-(left + width) // step))
-        pixels = resize(pixels[rows, columns], side, self.interpolation)
+        interpolation = rng.choice(INTERPOLATIONS) if self.interpolation == "random" else self.interpolation
+        pixels = resize(pixels[rows, columns], side, interpolation)
         return pixels, rng.random() < self.flip, self.draw_operations(magnitude, rng)
 
     def draw_operations(self, magnitude: float | None, rng: random.Random) -> list[Operation]:
@@ -149,13 +138,10 @@ class EvalTransform:
     whole image is squashed to that instead. Under ``fourier`` the result stays there: the device crops the spectrum.
 
     Raises:
-        ValueError: an argument outside its range.
+        ValueError: a size above the base size.
     """
 
     def __init__(self, base_size: int, size: int, operator: str, crop_pct: float = 0.875):
-        _check_choice("operator", operator, MODES)
-        if not 0 < crop_pct <= 1:
-            raise ValueError(f"--crop_pct is {crop_pct}: it lies in (0, 1]")
         if not 0 < size <= base_size:
             raise ValueError(f"size is {size}: images are reduced from the base size, {base_size}")
         self.base_size = base_size
@@ -271,8 +257,3 @@ def collate(samples: Sequence[tuple]) -> list[torch.Tensor]:
     """
     images = default_collate([sample[0].permute(1, 2, 0) for sample in samples]).permute(0, 3, 1, 2)
     return [images, *default_collate([sample[1:] for sample in samples])]
-
-
-def _check_choice(setting: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{setting} is {value!r}: choose one of {', '.join(choices)}")

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from config.files import read_text
 from inputs.names import mix, name_hashes, natural
 
 
@@ -185,9 +186,9 @@ def map_classes(source: Source, path: str | Path) -> View:
         ValueError: the file cannot be read, lists no class or one twice, or one that the data set does not have.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"--class_map {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        lines = read_text(path).splitlines()
+    except OSError as error:
+        raise ValueError(f"--class_map {path} cannot be read: {error.strerror}") from None
     pairs = [line.strip().split("\t") for line in lines if line.strip() and not line.startswith("#")]
     wanted = {pair[0].strip(): pair[-1].strip() for pair in pairs}
     if not wanted or len(wanted) != len(pairs):

@@ -1,6 +1,6 @@
 """The models this project trains: timm's and those that timm lacks, by one factory; their weights in and out."""
 
-from . import convnext_isotropic, cswin, pvt  # noqa: F401 (they register their models in timm)
+from . import convnext_isotropic, cswin, metaformer, pvt  # noqa: F401 (they register their models in timm)
 from .heads import freeze_body
 from .layer_decay import param_groups
 from .mae import create_mae

@@ -7,12 +7,14 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from curriculum.resize import InputSizeError, check_input_sizes, set_input_size
+from curriculum.skeleton import Skeleton
 
 from .flops import count_flops
 from .heads import classifier_names
@@ -74,6 +76,64 @@ def check(name: str, classes: int = 10, sizes: Sequence[int] = SIZES) -> list[Fi
     return found
 
 
+def check_trainable(build: Callable[[int], nn.Module], classes: int, size: int) -> None:
+    """See, before a run begins, that a classifier trains: a forward and a backward pass of two images.
+
+    It is built without values and run so, which takes no time; for real where it computes with values.
+
+    Args:
+        build: makes the model for an input size.
+
+    Raises:
+        ValueError: it returns something else than (N, classes) logits when it trains, or parameters get no gradient.
+    """
+    try:
+        with torch.device("meta"), Skeleton():
+            model = build(size).train()
+        with torch.device("meta"), warnings.catch_warnings():  # a skeleton's in-place additions do nothing
+            warnings.simplefilter("ignore")
+            unused = _without_gradient(model, classes, size, "meta")
+    except _Fault:
+        raise
+    except Exception:  # it computes with values
+        unused = _without_gradient(build(size).train(), classes, size, "cpu")
+    if unused:
+        raise _Fault(
+            f"{len(unused)} parameters of the model get no gradient ({', '.join(sorted(unused)[:3])}): on several "
+            "devices training would fail; use them in forward, freeze them (requires_grad_(False)), or do not make them"
+        )
+
+
+class _Fault(ValueError):
+    """What keeps a model from training."""
+
+
+def _without_gradient(model: nn.Module, classes: int, size: int, device: str) -> set[str]:
+    """Names of the parameters that get no gradient: in three passes, for some models drop layers at random."""
+    for _ in range(3):
+        out = model(torch.zeros(2, 3, size, size, device=device))
+        if not isinstance(out, torch.Tensor):
+            raise _Fault(
+                f"the model returns a {type(out).__name__} when it trains, not logits (images, {classes}): return "
+                "those alone, or switch its further outputs off (--model_args)"
+            )
+        if out.shape != (2, classes):
+            raise _Fault(
+                f"the model's output has shape {tuple(out.shape)} for two images, not (2, {classes}): return logits, "
+                "and take num_classes as an argument"
+            )
+        F.cross_entropy(out.float(), torch.zeros(2, dtype=torch.long, device=device)).backward()
+        unused = {name for name, one in model.named_parameters() if one.requires_grad and one.grad is None}
+        if not unused:
+            break
+    return unused
+
+
+def _training(subject: Subject) -> str:
+    check_trainable(partial(create_model, subject.name, subject.classes), subject.classes, subject.sizes[0])
+    return "every parameter gets a gradient"
+
+
 def _classes(subject: Subject) -> str:
     images = torch.zeros(2, 3, subject.sizes[-1], subject.sizes[-1])
     with torch.no_grad():
@@ -104,7 +164,7 @@ def _resizing(subject: Subject) -> str:
     model = create_model(subject.name, subject.classes, subject.sizes[0]).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     before = dict(model.named_parameters())
-    unused, changed = set(), set()
+    changed = set()
     for size in subject.sizes:
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         set_input_size(model, size, optimizer)
@@ -113,14 +173,8 @@ def _resizing(subject: Subject) -> str:
             raise ValueError(f"at size {size} its parameters are other objects, which the optimizer does not know")
         changed |= {name for name, parameter in after.items() if parameter.shape != shapes[name]}
         F.cross_entropy(model(torch.randn(2, 3, size, size)), torch.zeros(2, dtype=torch.long)).backward()
-        unused |= {name for name, parameter in after.items() if parameter.requires_grad and parameter.grad is None}
         optimizer.step()
         optimizer.zero_grad()
-    if unused:
-        raise ValueError(
-            f"{len(unused)} parameters got no gradient ({sorted(unused)[0]}): on several devices training would fail; "
-            "use them in forward, or do not make them"
-        )
     return f"resamples {', '.join(sorted(changed))}" if changed else "changes no parameter"
 
 
@@ -179,6 +233,7 @@ def _features(subject: Subject) -> str:
 CHECKS: list[tuple[str, bool, Callable[[Subject], str]]] = [
     ("classes", True, _classes),
     ("input sizes", True, _sizes),
+    ("training", True, _training),
     ("resizing", True, _resizing),
     ("checkpoints", True, _rebuilding),
     ("meta device", False, _meta),

@@ -7,11 +7,16 @@ import hashlib
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from config.files import open_file
+
+from .schema import check_fields
 
 # 1: the first. 2: with the input size of the weights, and what the run is (`identity`).
 FORMAT_VERSION = 2
@@ -39,7 +44,7 @@ def save(path: Path, payload: dict[str, Any]) -> None:
         OSError: it could not be written, or not as it was meant; what was at ``path`` is still there.
     """
     _check_plain(payload, "checkpoint")
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w+b") as file:
             writer = _HashingWriter(file)
@@ -92,7 +97,7 @@ class _HashingWriter:
 
 def link(source: Path, target: Path) -> None:
     """Makes ``target`` another name of the checkpoint ``source``, atomically; copies where links are not supported."""
-    temporary = target.with_name(target.name + ".tmp")
+    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     temporary.unlink(missing_ok=True)
     try:
         try:
@@ -113,17 +118,18 @@ def load(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if not _trailer(file).startswith(_MARK):
                 raise BadCheckpoint(f"{path} carries no checksum: it is truncated, or not a checkpoint of this project")
             if not _is_whole(file):
                 raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
+            check_archive(file)
             file.seek(0)
             payload = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise BadCheckpoint(f"{path} cannot be read: {error.strerror or error}") from None
-    except BadCheckpoint:
-        raise
+    except BadCheckpoint as error:
+        raise BadCheckpoint(str(error) if str(path) in str(error) else f"{path}: {error}") from None
     except pickle.UnpicklingError:
         raise BadCheckpoint(f"{path} holds more than tensors and plain types, so it was not loaded") from None
     except Exception as error:  # the checksum holds, so someone made it: the unpickler raises whatever it meets
@@ -131,18 +137,33 @@ def load(path: str | Path) -> dict[str, Any]:
     if not isinstance(payload, dict):
         raise BadCheckpoint(f"{path} is not a checkpoint of this project")
     version = payload.get("format_version")
-    if version not in range(1, FORMAT_VERSION + 1):
-        raise BadCheckpoint(f"{path} has format version {version}; this code reads versions 1 to {FORMAT_VERSION}")
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
+        raise BadCheckpoint(
+            f"{path} has format version {str(version)[:40]}; this code reads versions 1 to {FORMAT_VERSION}"
+        )
     if missing := [key for key in KEYS if key not in payload]:
         raise BadCheckpoint(f"{path} lacks {', '.join(missing)}, which every checkpoint of this project has")
+    try:
+        check_fields(payload)
+    except ValueError as error:
+        raise BadCheckpoint(f"{path} is not a checkpoint of this project: {error}") from None
     return _upgrade(payload)
+
+
+def check_archive(file: BinaryIO) -> None:
+    """Raises BadCheckpoint for a zip archive whose members take more room than the file: torch writes none."""
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        size = os.fstat(file.fileno()).st_size
+        if any(one.compress_type for one in members) or sum(one.file_size for one in members) > size:
+            raise BadCheckpoint("it is compressed, which no checkpoint is: it would grow without bounds")
 
 
 def verify_own(path: str | Path) -> None:
     """Raises BadCheckpoint for a file with our checksum that does not match it. Other people's weights carry none."""
     if not os.path.isfile(path):
         return  # a name on a hub, or for others to say
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         if _trailer(file).startswith(_MARK) and not _is_whole(file):
             raise BadCheckpoint(f"{path} does not match its checksum: it was damaged after it was written")
 
@@ -185,8 +206,19 @@ def newest(folder: Path, counts: Callable[[dict[str, Any]], bool] | None = None)
     return found
 
 
-def _place(payload: dict[str, Any]) -> tuple[int, int]:
-    return payload["step"], payload["epoch"]
+def _place(payload: dict[str, Any]) -> tuple[int, int, int]:
+    """How far on: a changed plan (``--allow_change``) counts its steps anew."""
+    return len(payload.get("changes") or ()), payload["step"], payload["epoch"]
+
+
+def set_aside(folder: Path, change: int) -> None:
+    """Renames checkpoint-<step>.pth of before a change of the plan: its steps are counted anew, and would meet them.
+
+    They stay until someone removes them, and count as checkpoints like the others.
+    """
+    for path in folder.glob("checkpoint-*.pth"):
+        if match := _NUMBERED.fullmatch(path.name):
+            path.rename(folder / f"checkpoint-{match[1]}-before-change-{change}.pth")
 
 
 def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
@@ -196,7 +228,7 @@ def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
         trusted: one of those that stay, known to be good. Without it, or where it would not stay, those that stay are
             read to find one.
     """
-    for path in folder.glob("checkpoint-*.pth.tmp"):
+    for path in folder.glob("checkpoint-*.pth.*.tmp"):
         path.unlink(missing_ok=True)
     numbered = sorted((int(match[1]), path) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name)))
     paths = [path for _, path in numbered]
@@ -212,7 +244,7 @@ def prune(folder: Path, keep: int, trusted: Path | None = None) -> None:
 
 def _is_good(path: Path) -> bool:
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             return _is_whole(file)
     except OSError:
         return False

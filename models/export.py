@@ -61,13 +61,20 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", type=int, metavar="N", help="of a graph: pixels a side; default: the checkpoint's")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights")
+    parser.add_argument(
+        "--model", metavar="NAME", help="of a graph: the model, if the checkpoint's is package.module:function"
+    )
     options = parser.parse_args(arguments)
     is_graph = options.format in ("onnx", "torch_export")
     if options.size is not None and not (is_graph and options.size > 0):
         parser.error("--size takes a number of pixels, and is for graphs: --format onnx or torch_export")
+    if options.model is not None and not is_graph:
+        parser.error("--model is for graphs: --format onnx or torch_export")
     try:
         if is_graph:
-            print(export_graph(options.checkpoint, options.out, options.format, options.size, options.ema))
+            print(
+                export_graph(options.checkpoint, options.out, options.format, options.size, options.ema, options.model)
+            )
         else:
             print(export(options.checkpoint, options.out, options.format, options.ema))
     except (ValueError, OSError) as error:

@@ -170,6 +170,11 @@ LAYOUTS = [TORCHVISION_CONVNEXT, TORCHVISION_SWIN, TORCHVISION_VIT, MAE, *_OFFIC
 TIMM = Layout("timm's", frozenset())
 
 
+def is_timms(layout: Layout) -> bool:
+    """Whether the names of this layout may be timm's own."""
+    return layout is TIMM or layout.name.endswith("timm)")
+
+
 def recognise(names: Mapping[str, Tensor]) -> Layout:
     """The layout that has these names; timm's if no other does."""
     return next((layout for layout in LAYOUTS if layout.marks <= names.keys()), TIMM)

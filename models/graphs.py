@@ -10,17 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from .reading import read_weights
-from .registry import create_model
+from .registry import build_from_file, check_name_from_file
 from .weights import load_weights
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1
 
 
-def export_graph(source: str, out: str | Path, form: str, size: int | None = None, ema: bool = False) -> str:
+def export_graph(
+    source: str, out: str | Path, form: str, size: int | None = None, ema: bool = False, model: str | None = None
+) -> str:
     """Write the graph from normalised images (N, 3, size, size), float32, to logits (N, classes); any N if it can be.
 
     The file carries a description, under the key ``about``: class names, input size, the mean and deviation to
@@ -33,6 +34,7 @@ def export_graph(source: str, out: str | Path, form: str, size: int | None = Non
         form: ``onnx``, or ``torch_export``, which ``torch.export.load`` reads.
         size: pixels a side; default: the checkpoint's base size.
         ema: the moving average instead of the weights themselves.
+        model: its name; default: the checkpoint's, which must then be one of the registry's.
 
     Returns:
         The line to print.
@@ -43,19 +45,20 @@ def export_graph(source: str, out: str | Path, form: str, size: int | None = Non
     """
     content = read_weights(source)
     settings, classes = content.get("config"), content.get("classes")
-    if not isinstance(settings, dict) or not classes:
+    if "format_version" not in content or not classes:
         raise ValueError(f"{source} is not a checkpoint of this project, so its model cannot be built from it")
-    size = size or settings["eval_size"] or settings["input_size"]
-    outputs = settings["num_classes"] or len(classes)
-    model = create_model(settings["model"], outputs, size, **(settings["model_args"] or {}))
-    load_weights(model, source, key="model_ema" if ema else "model")
-    about = {
-        "classes": classes,
-        "input_size": size,
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
-        "crop_pct": settings["crop_pct"],
-    }
+    try:
+        size = size or settings["eval_size"] or settings["input_size"]
+        outputs = settings["num_classes"] or len(classes)
+        name, arguments, crop = model or settings["model"], settings["model_args"] or {}, settings["crop_pct"]
+    except KeyError as error:
+        raise ValueError(f"{source}: its settings lack {error}, so its model cannot be built from it") from None
+    if model is None:
+        check_name_from_file(name, arguments, source)
+    built = build_from_file(name, outputs, size, arguments, content["model"], source)
+    report = load_weights(built, source, key="model_ema" if ema else "model")
+    about = {"classes": classes, "input_size": size, "mean": report.mean, "std": report.std, "crop_pct": crop}
+    model = built
     out = Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")

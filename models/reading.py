@@ -14,9 +14,12 @@ import huggingface_hub
 import safetensors.torch
 import torch
 from huggingface_hub.utils import EntryNotFoundError
-from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, download_cached_file, hf_split
+from timm.models._hub import HF_SAFE_WEIGHTS_NAME, HF_WEIGHTS_NAME, hf_split
 
+from config.files import open_file
 from models import checkpoints
+
+from .download import download
 
 
 class _Inert:
@@ -53,8 +56,8 @@ def read_weights(source: str | Path) -> dict[str, Any]:
     """Return the content of a weight file: tensors by name, or a dictionary that holds such, as its writer left it.
 
     Args:
-        source: a path, a URL (kept in torch.hub's cache), `hf_hub:owner/name` or `hf_hub:owner/name/file`. Whether it
-            is a PyTorch or a safetensors file is seen from its first bytes.
+        source: a path, a URL (kept in torch.hub's cache), `hf_hub:owner/name`, `hf_hub:owner/name/file` or
+            `timm/name`. Whether it is a PyTorch or a safetensors file is seen from its first bytes.
 
     Raises:
         ValueError: it cannot be had, is damaged, is neither, or asks for more than tensors, plain Python values and an
@@ -62,10 +65,16 @@ def read_weights(source: str | Path) -> dict[str, Any]:
     """
     path = _fetch(str(source))
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             start = file.read(9)
+            if start[:2] == b"PK":
+                checkpoints.check_archive(file)
     except OSError as error:
         raise ValueError(f"{source}: cannot be read ({error.strerror})") from None
+    except checkpoints.BadCheckpoint as error:
+        raise ValueError(f"{source}: {error}") from None
+    except Exception as error:  # zipfile's own, where a directory of members is damaged
+        raise ValueError(f"{source}: damaged or cut short ({_first_line(error)})") from None
     if start[:2] == b"PK" or start[:1] == b"\x80":
         content = _load_torch(path, str(source))
     elif start[8:] == b"{":
@@ -74,8 +83,7 @@ def read_weights(source: str | Path) -> dict[str, Any]:
         raise ValueError(f"{source}: neither a PyTorch nor a safetensors file")
     if not isinstance(content, dict):
         raise ValueError(f"{source}: holds a {type(content).__name__}, not tensors by name")
-    ours = {"format_version", "model", "model_ema", "step"} <= content.keys()
-    return checkpoints.load(path) if ours else content
+    return checkpoints.load(path) if "format_version" in content else content
 
 
 def _fetch(source: str) -> Path:
@@ -84,7 +92,9 @@ def _fetch(source: str) -> Path:
         if re.match(r"hf[_-]hub:", source):
             return Path(_fetch_from_hub(source.partition(":")[2]))
         if re.match(r"[a-z]{2,}://", source):
-            return Path(download_cached_file(source))
+            return download(source)
+        if source.startswith("timm/") and not Path(source).exists():
+            return Path(_fetch_from_hub(source))
     except Exception as error:  # each library has its own for a lost connection, a wrong name, a bad hash
         raise ValueError(f"{source}: cannot be downloaded ({_first_line(error)})") from None
     return Path(source)
@@ -102,7 +112,7 @@ def _fetch_from_hub(name: str) -> str:
 
 
 def _load_torch(path: Path, source: str) -> Any:
-    with _allowing(_ALLOWED), open(path, "rb") as file:  # by a path's suffix torch would choose another format
+    with _allowing(_ALLOWED), open_file(path) as file:  # by a path's suffix torch would choose another format
         try:
             return torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:

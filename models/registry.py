@@ -19,7 +19,10 @@ from torch import nn
 
 from curriculum.skeleton import Skeleton
 
-# The papers' names that are not timm's own. CSWin, PVT and isotropic ConvNeXt register under theirs in this package.
+from .metaformer import use_authors_head
+
+# The papers' and their authors' names that are not timm's own. CSWin, PVT, isotropic ConvNeXt, IdentityFormer and
+# RandFormer register under theirs in this package.
 ALIASES = {
     "deit_tiny": "deit_tiny_patch16_224",
     "deit_small": "deit_small_patch16_224",
@@ -28,6 +31,22 @@ ALIASES = {
     "swin_small": "swin_small_patch4_window7_224",
     "swin_base": "swin_base_patch4_window7_224",
     "swin_large": "swin_large_patch4_window7_224",
+    "CSWin_64_12211_tiny_224": "cswin_tiny",
+    "CSWin_64_24322_small_224": "cswin_small",
+    "CSWin_96_24322_base_224": "cswin_base",
+    "CSWin_96_24322_base_384": "cswin_base_384",
+    "CSWin_144_24322_large_224": "cswin_large",
+    "CSWin_144_24322_large_384": "cswin_large_384",
+    **{
+        f"{k}_{s}_384": f"{k}_{s}.sail_in1k_384"
+        for k in ("caformer", "convformer")
+        for s in ("s18", "s36", "m36", "b36")
+    },
+    **{
+        f"{kind}_b36{theirs}": f"{kind}_b36.sail_{tag}"
+        for kind in ("caformer", "convformer")
+        for theirs, tag in (("_in21k", "in22k"), ("_in21ft1k", "in22k_ft_in1k"), ("_384_in21ft1k", "in22k_ft_in1k_384"))
+    },
 }
 # The papers trained torchvision's ResNet, whose last BatchNorm of each block starts at 1; timm's starts at 0. Left as
 # in timm: DeiT's class token starts at a spread of 1e-6, the papers' code had 0.02. All else starts alike.
@@ -40,9 +59,9 @@ def create_model(
     """Build a classifier for square images, with random weights.
 
     Args:
-        name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name, or
-            ``package.module:function``, looked up from the working directory too. Such a function takes
-            ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
+        name: a paper's name (``ALIASES``, resnet50, convnext_tiny, caformer_s18, ...), any timm name,
+            `hf_hub:owner/name`, or ``package.module:function``, looked up from the working directory too. Such
+            a function takes ``num_classes``, and ``img_size`` and ``drop_path_rate`` if it can.
         num_classes: outputs of the head.
         input_size: pixels per side.
         drop_path: stochastic depth rate of the last block, in [0, 1).
@@ -72,17 +91,78 @@ def create_model(
     return model
 
 
+def check_name_from_file(name: Any, arguments: Any, source: str) -> None:
+    """See that a model that a file asks for can do nothing but compute: a file may come from anyone.
+
+    Raises:
+        ValueError: a function or a hub's model, which only the command line may name; arguments that fetch files, or
+            are no plain values of ordinary size.
+    """
+    if not isinstance(name, str) or ":" in name or "/" in name:
+        raise ValueError(
+            f"{source} asks for the model {str(name)[:100]!r}, which is code from outside this project and may do "
+            f"anything; if you trust it, name it yourself: --model {str(name)[:100]}"
+        )
+    for key, value in (arguments or {}).items():
+        if key in _FETCHING or not _is_modest(value):
+            raise ValueError(f"{source} gives the model an argument that no file may set: {key} {str(value)[:100]}")
+
+
+def build_from_file(
+    name: str,
+    classes: int,
+    input_size: int,
+    arguments: dict[str, Any] | None,
+    state: dict[str, torch.Tensor],
+    source: str,
+) -> nn.Module:
+    """The model whose weights ``state`` a file holds, built with bounded work: from a file that may come from anyone.
+
+    Raises:
+        ValueError: it cannot be built, or is far larger than the weights; names the file.
+    """
+    if not 1 <= input_size <= MAX_SIZE:
+        raise ValueError(
+            f"{source} asks for input size {input_size}; if that is meant, name it: --input_size, --eval_size"
+        )
+    try:
+        with torch.device("meta"):
+            probe = create_model(name, classes, input_size, **(arguments or {}))
+        needed = sum(tensor.numel() for tensor in probe.state_dict().values())
+        held = sum(tensor.numel() for tensor in state.values())
+        if needed > 2 * held + 1_000_000:
+            raise ValueError(f"it would have {needed:,} numbers, and the file holds {held:,}")
+        return create_model(name, classes, input_size, **(arguments or {}))
+    except Exception as error:  # arguments of another type or size fail wherever a constructor meets them
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"{source}: its model {name} cannot be built: {reason}") from None
+
+
+MAX_SIZE = 2048  # pixels a side that a file may ask for
+# timm.create_model's own arguments: they load files, from anywhere, or say where.
+_FETCHING = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "features_only")
+
+
+def _is_modest(value: Any, depth: int = 0) -> bool:
+    if isinstance(value, list | tuple):
+        return depth < 4 and len(value) <= 64 and all(_is_modest(item, depth + 1) for item in value)
+    if isinstance(value, int | float):
+        return abs(value) <= 1 << 15
+    return value is None or (isinstance(value, str) and len(value) <= 100)
+
+
 def _factory(name: str) -> Callable[..., nn.Module]:
     """The function that builds `name`."""
-    if ":" in name and not name.startswith("hf"):
+    hub = re.match(r"(hf[-_]hub:|timm/)", name)
+    if ":" in name and not hub:
         return _own_function(name)
     timm_name = ALIASES.get(name, name)
-    if not (timm.is_model(timm_name) or timm_name.startswith(("hf-hub:", "hf_hub:"))):
+    if not (timm.is_model(timm_name.removeprefix("timm/")) or (hub and ":" in name)):
         known = sorted({*ALIASES, *timm.list_models()})
         near = difflib.get_close_matches(name, known, n=5, cutoff=0.5)
         hint = f"; the nearest names are {', '.join(near)}" if near else ""
         raise ValueError(f"--model {name}: no such model{hint}. Your own is written package.module:function")
-    return partial(timm.create_model, timm_name)
+    return partial(timm.create_model, timm_name.removeprefix("timm/"))
 
 
 def _own_function(name: str) -> Callable[..., nn.Module]:
@@ -118,6 +198,7 @@ def _build(name: str, factory: Callable[..., nn.Module], options: dict[str, Any]
         model, options = _call(name, factory, options)
     if scale_windows:
         _scale_windows(model, input_size)
+    use_authors_head(model)
     model.input_size = input_size
     model.takes_size = scale_windows or "img_size" in options
     return model

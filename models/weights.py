@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ from curriculum.resample import resample
 
 from .formats import BOOKKEEPING, MAE, recognise, timm_name
 from .heads import classifier_names, fold_norm
+from .normalisation import normalisation
 from .reading import read_weights
+from .schema import is_ordinary
 
 # What training checkpoints call the weights and their moving average, the usual name first.
 _KEYS = {"model": ("model", "state_dict"), "model_ema": ("model_ema", "state_dict_ema")}
@@ -33,6 +35,8 @@ class Report:
         loaded, resized: the model's names; resized ones with (shape in the file, shape in the model).
         dropped: the file's names that the model has no place for.
         random: the model's names that kept their initial values.
+        head: what became of the classifier, where the file says which classes it is for.
+        mean, std: by which pixels in [0, 1] were normalised for these weights; ``why`` says how that is known.
     """
 
     source: str
@@ -43,6 +47,10 @@ class Report:
     resized: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     random: list[str] = field(default_factory=list)
+    head: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    why: str = ""
 
     def __str__(self) -> str:
         others = f" ({', '.join(self.others)} not used)" if self.others else ""
@@ -55,12 +63,18 @@ class Report:
         return (
             f"weights: {self.source}: {self.key}{others}, {self.layout} names: "
             f"{len(self.loaded)} tensors loaded{resized}, {_some(dropped)} dropped, "
-            f"{len(buffers)} buffers not needed, {_some(self.random)} left random"
+            f"{len(buffers)} buffers not needed, {_some(self.random)} left random{self.head}; "
+            f"images normalised by mean {_numbers(self.mean)}, deviation {_numbers(self.std)} ({self.why})"
         )
 
 
 def load_weights(
-    model: nn.Module, source: str | Path, *, key: str | None = None, head_init_scale: float = 1.0
+    model: nn.Module,
+    source: str | Path,
+    *,
+    key: str | None = None,
+    head_init_scale: float = 1.0,
+    classes: Sequence[str] | None = None,
 ) -> Report:
     """Load weights that anyone saved; the format is recognised by what the file holds, not by its name.
 
@@ -76,27 +90,36 @@ def load_weights(
         key: which weights of a training checkpoint: `model`, `model_ema`, or another entry's name. None: `model` if the
             file has it.
         head_init_scale: factor on a head that stays random (ConvNeXt fine-tunes with 0.001).
+        classes: names of the model's outputs. Where the file names its own, a head for other classes is not taken, and
+            one for the same classes in another order is put into this one.
 
     Returns:
         A `Report`.
 
     Raises:
-        ValueError: the file cannot be read safely, or its body is not this model's; the message names the tensors.
+        ValueError: the file cannot be read safely, its body is not this model's, or its numbers are not finite; the
+            message names the tensors.
     """
-    report, state = choose_weights(read_weights(source), source, key)
+    content = read_weights(source)
+    report, state = choose_weights(content, source, key)
     layout = recognise(state)
     report.layout = layout.name
+    order = _order(content.get("classes"), classes)
     own, heads = model.state_dict(), tuple(f"{name}." for name in classifier_names(model))
     new: dict[str, Tensor] = {}
     unexpected, misshapen = [], []
+    outputs = getattr(model, "num_classes", None) or (len(classes) if classes else 0)
     for name, tensor in state.items():
         target = timm_name(layout, name)
         is_head = target is not None and target.startswith(heads)
-        if target is None or (layout is MAE and target.startswith("norm.") and "fc_norm.weight" in own):
+        pre_trained_norm = layout is MAE and target is not None and target.startswith("norm.")
+        if target is None or (pre_trained_norm and "fc_norm.weight" in own) or (is_head and order == []):
             report.dropped.append(name)
         elif target not in own:
             (report.dropped if is_head else unexpected).append(name)
         elif (fitted := _fit(target, tensor, own[target])) is not None:
+            if is_head and order:
+                fitted = _in_order(fitted, order, outputs)
             new[target] = fitted
             if fitted.numel() != tensor.numel():
                 report.resized[target] = tuple(tensor.shape), tuple(fitted.shape)
@@ -122,7 +145,34 @@ def load_weights(
             if name in report.random and name in head:
                 parameter.mul_(head_init_scale)
     report.loaded = list(new)
+    if order == []:
+        report.head = f" (a new head: {Path(source).name} knows other classes than these {len(classes)})"
+    elif order and not report.random:
+        report.head = " (the head's rows put into this run's order of the classes)"
+    report.mean, report.std, report.why = normalisation(model, content, str(source), layout, state)
     return report
+
+
+def _order(theirs: Any, ours: Sequence[str] | None) -> list[int] | None:
+    """Which row of the file's head is for each of our classes; None: as they are; []: they are other classes."""
+    known = isinstance(theirs, list) and all(isinstance(name, str) for name in theirs)
+    if ours is None or not known or list(ours) == theirs:
+        return None
+    place = {name: row for row, name in enumerate(theirs)}
+    if len(place) != len(theirs) or place.keys() != set(ours) or len(ours) != len(theirs):
+        return []
+    return [place[name] for name in ours]
+
+
+def _in_order(tensor: Tensor, order: list[int], outputs: int) -> Tensor:
+    """Rows of a layer whose outputs are the classes, and perhaps more that have no names; other tensors as they are."""
+    if tensor.ndim == 0 or len(tensor) != outputs or outputs < len(order):
+        return tensor
+    return tensor[torch.tensor([*order, *range(len(order), outputs)])]
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return "/".join(f"{value:.3g}" for value in values)
 
 
 def choose_weights(content: Mapping[str, Any], source: str | Path, key: str | None) -> tuple[Report, dict[str, Tensor]]:
@@ -131,7 +181,7 @@ def choose_weights(content: Mapping[str, Any], source: str | Path, key: str | No
     Raises:
         ValueError: there are none, or none under `key`.
     """
-    if content and all(isinstance(value, Tensor) for value in content.values()):
+    if _is_weights(content):
         content = {"model": content}
     sets = {name: value for name, value in content.items() if _is_weights(value)}
     wanted = _KEYS.get(key, (key,)) if key else [name for names in _KEYS.values() for name in names]
@@ -141,11 +191,25 @@ def choose_weights(content: Mapping[str, Any], source: str | Path, key: str | No
         raise ValueError(f"{source}: holds {what}; it has {', '.join(map(str, content)) or 'nothing'}")
     report = Report(str(source), "", found, [name for name in sets if name != found])
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): tensor for name, tensor in sets[found].items()}
+    if odd := [name for name, tensor in state.items() if not is_ordinary(tensor)]:
+        raise ValueError(f"{source}: {found} holds tensors that are not ordinary, dense ones: {_some(odd)}")
+    if bad := nonfinite(state):
+        raise ValueError(
+            f"{source}: {found} holds numbers that are not finite, in {_some(bad)}; take a checkpoint of before "
+            "its training went wrong"
+        )
     return report, fold_norm(state)
 
 
+def nonfinite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinity, but for masks, which may be made of it."""
+    floats = {name: t for name, t in state.items() if t.is_floating_point() and not BOOKKEEPING.match(name)}
+    return [name for name, tensor in floats.items() if not torch.isfinite(tensor).all()]
+
+
 def _is_weights(value: Any) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(x, Tensor) for x in value.values())
+    named = isinstance(value, Mapping) and bool(value) and all(isinstance(name, str) for name in value)
+    return named and all(isinstance(x, Tensor) for x in value.values())
 
 
 def _fit(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:

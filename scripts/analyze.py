@@ -30,6 +30,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for figure and numbers")
     of_runs = argparse.ArgumentParser(add_help=False)
     of_runs.add_argument("--data_path", help="where the runs' data lie now (default: where they lay)")
+    of_runs.add_argument("--model", help="the runs' model, if it is package.module:function (default: the registry's)")
     of_runs.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda if any"
     )
@@ -40,14 +41,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
         prog="analyze.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("filtered", parents=[common, of_runs], help="ICCV Figures 3 and 4, Table 1")
+    one = commands.add_parser("filtered", parents=[common, of_runs], help="ICCV Figure 4, Table 1")
     one.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="output folder of main.py")
     one.add_argument(
         "--radii",
         type=lambda text: [float(value) for value in text.split(",")],
         help="bandwidths, cycles per image side (default: 10,20,40,60,80,110, in proportion to 224 pixels)",
     )
-    one = commands.add_parser("cka", parents=[common, of_runs], help="ICCV Figure 6")
+    one = commands.add_parser("cka", parents=[common, of_runs], help="of two networks, layer by layer")
     one.add_argument("runs", nargs=2, type=Path, metavar="RUN", help="output folders of main.py")
     one.add_argument("--layers", help="regular expression of the modules to compare (default: the blocks)")
     one.add_argument("--checkpoint", default=LAST, help=f"of both runs (default: {LAST})")
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
         if args.command == "proposition1":
             proposition1.report(*proposition1.measure(args.base_size, args.sizes, args.images), args.output)
             return 0
-        device, runs = torch.device(args.device), [RunFolder(path, args.data_path) for path in args.runs]
+        device, runs = torch.device(args.device), [RunFolder(path, args.data_path, args.model) for path in args.runs]
         if args.command == "filtered":
             rows = []
             for run in runs:

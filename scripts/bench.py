@@ -6,23 +6,27 @@ import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import bench_index
 import bench_input
 import torch
+from speed import Photos, compute_of, in_turn, loop_and_bare, run_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from config import Config
+from config.command_line import parse_config
 from curriculum import CurriculumSampler, build_plan, low_frequency_crop
 from engine import Training, train_epoch
 from inputs.finish import Finish
 from models import create_model
 from training.numerics import LossMeter
 from training.tasks import Classification
+
+DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 
 
 def crop(args: argparse.Namespace) -> dict:
@@ -79,7 +83,7 @@ def loop(args: argparse.Namespace) -> dict:
     )
     epochs = iter(plan)
     optimizer = torch.optim.AdamW(bare.parameters(), fused=True)
-    finished, soft = training.finish.train(images, targets, args.input_size, [0], args.batch)
+    finished, soft = training.finish.train(images, targets, args.input_size, [0], args.batch)  # the bare loop's, once
 
     def run_loop() -> None:
         for _ in range(args.steps):  # epochs of one step: their cost, too, is the loop's
@@ -103,16 +107,37 @@ def loop(args: argparse.Namespace) -> dict:
     return {"loop": ratio, "spread": [round(min(ratios), 3), round(max(ratios), 3)]}
 
 
-def in_turn(variants: dict[str, Callable[[], object]], repetitions: int) -> dict[str, list[float]]:
-    """Seconds of each variant, run one after the other in each repetition, so that a disturbance meets all of them."""
-    seconds = {name: [] for name in variants}
-    for repetition in range(repetitions + 2):
-        for name, variant in variants.items():
-            start = time.perf_counter()
-            variant()
-            if repetition >= 2:  # the first ones warm up
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
+def train(args: argparse.Namespace) -> dict:
+    """Images/s of the whole loop (loader, finish, model, EMA) beside a bare timm loop at each of the plan's sizes, and
+    the wall speed-up of a plan over the ordinary one against its FLOP speed-up; on whatever device there is."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    config = load_config(args.recipe, args.flags)
+    source = Photos(args.images, (args.side * 3 // 4, args.side))
+    ordinary = replace(config, curriculum="none", magnitude="linear")
+    shorter = replace(config, epochs=config.epochs * args.share)
+    runs = {"curriculum": shorter, "ordinary": ordinary}
+    seconds = {name: [] for name in runs}
+    for _ in range(args.repetitions):
+        for name, settings in runs.items():
+            done = run_plan(settings, args.images, device, source)
+            seconds[name].append(done["seconds"])
+            if name == "curriculum":
+                rates = done["rates"]
+    result: dict = {"rates": {}, "bare": {}}
+    for size in sorted(rates):
+        result["rates"][str(size)] = round(rates[size], 1)
+        bare = loop_and_bare(config, size, device, args.steps, args.repetitions)[1]
+        result["bare"][str(size)] = round(bare, 1)
+        print(f"B {size}: {rates[size]:,.0f} images/s, a bare loop {bare:,.0f}: {rates[size] / bare:.2f}")
+    wall = statistics.median(seconds["ordinary"]) / statistics.median(seconds["curriculum"])
+    compute = compute_of(ordinary, args.images) / compute_of(shorter, args.images)
+    print(f"speed-up by the clock {wall:.2f}, by FLOPs {compute:.2f}: {wall / compute:.2f} of it")
+    return {**result, "wall": round(wall, 3), "flops": round(compute, 3), "share": round(wall / compute, 3)}
+
+
+def load_config(recipe: str, flags: list[str]) -> Config:
+    """A recipe's settings, changed by main.py's flags."""
+    return parse_config(["--recipe", recipe, *flags])
 
 
 def positive(text: str) -> int:
@@ -146,6 +171,16 @@ def main() -> None:
     command.add_argument("--steps", type=positive, default=2, help="steps of each loop in each turn")
     command.add_argument("--repetitions", type=positive, default=11)
     command.set_defaults(run=loop)
+
+    command = commands.add_parser("train", help=train.__doc__)
+    command.add_argument("--recipe", default=str(DEMO))
+    command.add_argument("--share", type=float, default=0.5, help="of the ordinary plan's budget")
+    command.add_argument("--images", type=positive, default=2200, help="of the training set, made up")
+    command.add_argument("--side", type=positive, default=118, help="longer side of an image (ImageNet's: 500)")
+    command.add_argument("--steps", type=positive, default=4, help="steps of each loop in each turn")
+    command.add_argument("--repetitions", type=positive, default=3)
+    command.add_argument("flags", nargs="*", help="main.py's, after --: -- --num_workers 2")
+    command.set_defaults(run=train)
 
     command = commands.add_parser("input", help=bench_input.run.__doc__)
     command.add_argument("--data_path", required=True, help="folder with images, at any depth")

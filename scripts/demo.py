@@ -17,7 +17,7 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from training.logs import duration_text, read_log
+from training.logs import duration_text, read_log, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "demo.yaml"
@@ -67,7 +67,7 @@ def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
 def result(folder: Path) -> dict[str, float]:
     """Accuracy at the end (per cent), compute relative to the full ordinary schedule, seconds of training."""
     records = read_log(folder / "log.txt")
-    total = json.loads((folder / "plan.json").read_text())["total"]
+    total = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["total"]
     return {
         "accuracy": records[-1]["test_acc1"],
         "compute": 1 / total["speedup_flops"],
@@ -82,8 +82,7 @@ def table(results: dict[str, list[dict[str, float]]]) -> str:
     for arm in ARMS:
         rows = results[arm.name]
         mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
-        spread = f" +- {statistics.stdev(row['accuracy'] for row in rows):.1f}" if len(rows) > 1 else ""
-        accuracy = f"{mean['accuracy']:.1f} %{spread}"
+        accuracy = f"{spread([row['accuracy'] for row in rows], 1)} %"
         lines.append(
             f"{arm.label:<30} {mean['compute']:>8.2f} {accuracy:>16} {duration_text(mean['seconds']):>14} "
             f"{full / mean['seconds']:>8.2f}x"
@@ -127,7 +126,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1, help="repetitions, for mean and spread")
     parser.add_argument("--epochs", type=float, help="full budget in ordinary epochs (default: the recipe's)")
     args = parser.parse_args()
-    epochs = args.epochs or yaml.safe_load(RECIPE.read_text())["epochs"]
+    epochs = args.epochs or yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["epochs"]
 
     runs = [(arm, seed) for seed in range(args.seeds) for arm in ARMS]
     started, done, total = time.perf_counter(), 0.0, sum(arm.share for arm, _ in runs)

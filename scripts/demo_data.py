@@ -64,7 +64,7 @@ def build(out: Path, seed: int, train: int, val: int) -> dict[str, int]:
     about = out / "about.json"
     classes = {name: (photo, box) for photo in PHOTOS for name, box in cells(photo)}
     counts = {"classes": len(classes), "train": train * len(classes), "val": val * len(classes)}
-    if about.is_file() and json.loads(about.read_text()) == settings:
+    if about.is_file() and json.loads(about.read_text(encoding="utf-8")) == settings:
         return counts
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} already holds something else: name another folder, or remove this one")
@@ -79,7 +79,7 @@ def build(out: Path, seed: int, train: int, val: int) -> dict[str, int]:
                 rng = random.Random(f"{seed} {split} {name}")  # of its own, so that one class never shifts another
                 for index in range(number):
                     sample(image, places, rng).save(folder / f"{index:04d}.jpg", quality=92)
-        (partial / about.name).write_text(json.dumps(settings) + "\n")
+        (partial / about.name).write_text(json.dumps(settings) + "\n", encoding="utf-8")
         if out.exists():
             out.rmdir()
         partial.rename(out)

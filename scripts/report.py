@@ -18,6 +18,8 @@ def main(argv: list[str]) -> int:
         print(write_report(Path(argv[0])))
     except OSError as error:
         return die(f"{argv[0]} is no run's output folder: {error.strerror} ({error.filename})")
+    except ValueError as error:
+        return die(error)
     return 0
 
 

@@ -3,7 +3,7 @@
   python scripts/results.py OUTPUT_DIR [OUTPUT_DIR ...] [--output FOLDER]
 
 An output folder may be a run's, or hold runs at any depth. Prints Markdown; with --output also writes results.md,
-results.csv, and accuracy against compute and against wall time as compute.svg and time.svg.
+results.csv, and accuracy against compute and against wall time as compute and time (.png, .svg).
 
 Runs that differ in nothing but the seed (and in where and how fast they ran) are one line. Theirs is the row of
 recipes/papers.json that the recipe names; "less time" compares with the ordinary runs of the same model, classes, data
@@ -23,28 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from training.charts import Series, chart  # noqa: E402
-from training.logs import duration_text, read_log  # noqa: E402
+from config import Config  # noqa: E402
+from config.kinds import named  # noqa: E402
+from studies.figures import panels, save  # noqa: E402
+from training.logs import duration_text, read_log, spread  # noqa: E402
+from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
-# What says where, how fast or how often a run looks, and not what it learns.
-CIRCUMSTANCES = (
-    *("seed", "output_dir", "data_path", "resume", "auto_resume", "device", "devices", "deterministic", "num_workers"),
-    *(
-        "log_interval",
-        "eval_interval",
-        "save_interval",
-        "keep_checkpoints",
-        "compile",
-        "channels_last",
-        "speeds",
-        "plan",
-    ),
-)
+# What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
+CIRCUMSTANCES = (*named(Config, "free"), "seed")
 COLUMNS = (
     *("table", "row", "model", "curriculum", "epochs", "runs", "top-1", "theirs", "difference"),
     *("less compute", "theirs ", "less time", "theirs  ", "training time"),
@@ -63,6 +52,11 @@ class Run:
     devices: str
 
     @property
+    def changes(self) -> list[str]:
+        """What was changed on the way, step by step."""
+        return self.plan.get("changes", [])
+
+    @property
     def ordinary(self) -> bool:
         return len(self.plan["stages"]) == 1 and self.settings["magnitude"] in (None, "constant")
 
@@ -73,7 +67,8 @@ class Run:
     @property
     def recipe(self) -> str:
         """What runs of different seeds share."""
-        return json.dumps({key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES})
+        settings = {key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES}
+        return json.dumps([settings, self.changes])
 
     @property
     def comparable(self) -> tuple[Any, ...]:
@@ -106,18 +101,21 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
 def read_run(path: Path) -> Run | str:
     """A run, or why it is none that counts."""
     try:
-        settings = yaml.safe_load((path / "config.yaml").read_text())
-        plan = json.loads((path / "plan.json").read_text())
-        records = read_log(path / "log.txt")
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        settings, plan = read_settings(path), read_plan(path)
+        records = check_records(read_log(path / "log.txt"), path / "log.txt")
+        devices = read_environment(path).get("devices", "unknown")
+    except (OSError, ValueError) as error:
         return str(error)
     if not records or records[-1]["progress"] < 1:
         return "not finished"
+    done = 0.0  # of the plan's clock; records of earlier versions do not say where their pass began
+    for record in records:
+        if abs(record.get("start", done) - done) > 1e-6:
+            return f"log.txt has no pass that trained {100 * done:.1f} to {100 * record['start']:.1f} % of its plan"
+        done = record["progress"]
     last = records[-1]
     if "test_acc1" not in last:
         return "no evaluation at the end"
-    about = path / "environment.json"
-    devices = json.loads(about.read_text())["devices"] if about.exists() else "unknown"
     # The papers evaluate the average where they keep one.
     top1 = last.get("test_acc1_ema", last["test_acc1"])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)
@@ -153,23 +151,17 @@ def collect(runs: list[Run], papers: dict[str, Any]) -> list[dict[str, str]]:
                 first.plan["curriculum"],
                 f"{first.plan['epochs']:g}",
                 str(len(group)),
-                spread(scores, 2),
+                spread(scores),
                 "" if theirs is None else f"{theirs:g}",
                 "" if theirs is None else f"{statistics.mean(scores) - theirs:+.2f}",
                 f"{first.speedup:.2f}x",
                 "" if compute is None else f"{compute:.2f}x",
-                "" if not ratios or first.ordinary else f"{spread(ratios, 2)}x",
+                "" if not ratios or first.ordinary else f"{spread(ratios)}x",
                 "" if "wall" not in printed else f"{printed['wall']:.2f}x",
                 duration_text(statistics.mean(times)),
             )
             lines.append(dict(zip(COLUMNS, values)))
     return sorted(lines, key=lambda line: (line["table"] == "Other runs", line["table"], line["model"], line["row"]))
-
-
-def spread(values: list[float], digits: int) -> str:
-    """80.31 ± 0.12: the mean and, of several, the sample's standard deviation."""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def markdown(lines: list[dict[str, str]]) -> str:
@@ -183,6 +175,12 @@ def markdown(lines: list[dict[str, str]]) -> str:
     return "\n".join(parts)
 
 
+def changed(runs: list[Run]) -> str:
+    """The runs of which settings were changed on the way, and when which; they are lines of their own in the tables."""
+    lines = [f"- {run.path}: {line}" for run in runs for line in run.changes]
+    return "\n".join(["## Changed on the way", "", *lines, ""]) if lines else ""
+
+
 def to_csv(lines: list[dict[str, str]]) -> str:
     names = {"theirs": "top-1, theirs", "theirs ": "less compute, theirs", "theirs  ": "less time, theirs"}
     file = io.StringIO()
@@ -192,25 +190,20 @@ def to_csv(lines: list[dict[str, str]]) -> str:
     return file.getvalue()
 
 
-def pictures(runs: list[Run]) -> dict[str, str]:
-    """Accuracy against compute (ICCV Fig. 7, ++ Fig. 7) and against time: a series for each model and curriculum."""
-    series: dict[str, dict[str, list[tuple[float, float, str]]]] = {"compute": {}, "time": {}}
-    for run in runs:
-        name = f"{run.settings['model']} {run.plan['curriculum']}"
-        total = run.plan["total"]
-        label = f"{run.plan['epochs']:g} epochs: {run.top1:.2f} %"
-        for picture, x in (("compute", total["equivalent_epochs"]), ("time", run.seconds / 3600)):
-            series[picture].setdefault(name, []).append((x, run.top1, label))
+def draw(runs: list[Run], folder: Path) -> None:
+    """Accuracy against compute (ICCV Fig. 7, ++ Fig. 7) and against time: a colour for each model and curriculum."""
     axes = {"compute": "compute, epochs at the base size (by pixels)", "time": "hours of training"}
-    result = {}
-    for picture, named in series.items():
-        drawn = [
-            Series(name, [(x, y) for x, y, _ in sorted(points)], dots=True, names=[text for *_, text in sorted(points)])
-            for name, points in named.items()
-        ]
-        title = f"Accuracy against {picture}"
-        result[picture] = chart(title, drawn, axes[picture], "top-1, per cent", width=760, height=420)
-    return result
+    for name, label in axes.items():
+        points: dict[str, list[tuple[float, float]]] = {}
+        for run in runs:
+            x = run.plan["total"]["equivalent_epochs"] if name == "compute" else run.seconds / 3600
+            points.setdefault(f"{run.settings['model']} {run.plan['curriculum']}", []).append((x, run.top1))
+        figure, (axis,) = panels(1, 7.0, 4.2)
+        for series, places in points.items():
+            axis.plot(*zip(*sorted(places)), "o", label=series)
+        axis.set(xlabel=label, ylabel="top-1, per cent", title=f"Accuracy against {name}")
+        axis.legend()
+        save(figure, folder, name)
 
 
 def main(argv: list[str]) -> int:
@@ -225,15 +218,14 @@ def main(argv: list[str]) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text()))
-    text = markdown(lines)
+    lines = collect(runs, json.loads((ROOT / "recipes" / "papers.json").read_text(encoding="utf-8")))
+    text = markdown(lines) + changed(runs)
     print(text)
     if arguments.output:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        files = {"results.md": text, "results.csv": to_csv(lines)}
-        files |= {f"{name}.svg": picture for name, picture in pictures(runs).items()}
-        for name, content in files.items():
-            (arguments.output / name).write_text(content)
+        for name, content in {"results.md": text, "results.csv": to_csv(lines)}.items():
+            (arguments.output / name).write_text(content, encoding="utf-8")
+        draw(runs, arguments.output)
     return 0
 
 

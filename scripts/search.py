@@ -19,7 +19,6 @@ import os
 import shlex
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -28,9 +27,9 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config  # noqa: E402
+from config import Config, plain  # noqa: E402
 from config.checks import check_settings  # noqa: E402
-from config.command_line import parse_config, usage_error  # noqa: E402
+from config.command_line import flags_of, parse_config, usage_error  # noqa: E402
 from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
 from studies.study import Study  # noqa: E402
 from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
@@ -163,15 +162,16 @@ def make_slots(parallel: int | None, device: str) -> list[dict[str, str]]:
 
 def write_recipes(found: Found, folder: Path, command: str) -> None:
     """What was found, as recipes, with the command and the evidence in their heads."""
-    defaults = asdict(Config())
+    defaults = plain(Config())
     for name, config in found.recipes.items():
         settings = {
-            key: list(value) if isinstance(value, tuple) else value
-            for key, value in asdict(config).items()
+            key: value
+            for key, value in plain(config).items()
             if (value != defaults[key] or key in STATED) and key not in (*CIRCUMSTANCES, *OURS, "data_path", "seed")
         }
         path = folder / f"{name}.yaml"
-        head = [f"Found by {command}", f"  python main.py --recipe {path} --data_path DATA --output_dir OUT"]
+        own = f" --model {config.model}" if ":" in config.model or "/" in config.model else ""
+        head = [f"Found by {command}", f"  python main.py --recipe {path}{own} --data_path DATA --output_dir OUT"]
         head += ["Top-1 on the validation images, of all trials that led here:", *found.evidence]
         text = "".join(f"# {line}\n" for line in head)
         write_text(path, text + yaml.safe_dump(settings, sort_keys=False))
@@ -180,9 +180,8 @@ def write_recipes(found: Found, folder: Path, command: str) -> None:
 
 def main(argv: list[str], launch=launch) -> int:
     args, flags = parse(argv)
-    given = {flag.split("=")[0].removeprefix("--") for flag in flags if flag.startswith("--")}
-    if forbidden := sorted(given & set(OURS)):
-        return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or need it not")
+    if forbidden := sorted(flags_of(flags) & set(OURS)):
+        return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or do not need it")
     config = parse_config(flags)
     try:
         check_settings(config)

@@ -56,7 +56,8 @@ submit() {
         options=("--array=$seeds" "${options[@]}")
         log=$output/slurm-%A_%a.log
     fi
-    ((gpus == 0)) || options=("--gpus-per-node=$gpus" "--cpus-per-task=$((8 * gpus))" "${options[@]}")
+    # For each device a core for each of eight loader workers, and one for the process that trains.
+    ((gpus == 0)) || options=("--gpus-per-node=$gpus" "--cpus-per-task=$((9 * gpus))" "${options[@]}")
     # Later options win, so --sbatch can replace any of these.
     sbatch --job-name="$(basename "$recipe" .yaml)" --nodes="$nodes" --ntasks-per-node=1 --requeue \
         --signal="$signal@$warn" --open-mode=append --output="$log" "${options[@]}" \

@@ -94,5 +94,5 @@ else
     where=(--standalone) # picks a free port itself, so that several jobs fit on one machine
 fi
 # SIGUSR1, too, makes the run save and stop; a torchrun that does not know this setting ignores it.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
-exec torchrun "${where[@]}" --nproc_per_node "$nproc" "$ROOT/main.py" --recipe "$recipe" ${flags[@]+"${flags[@]}"}
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGXCPU
+exec "$PYTHON" "$ROOT/scripts/launch.py" "${where[@]}" --nproc_per_node "$nproc" "$ROOT/main.py" --recipe "$recipe" ${flags[@]+"${flags[@]}"}

@@ -1,4 +1,4 @@
-"""Minibatch CKA between the layers of two models (Nguyen et al., ICLR 2021; ICCV Figure 6)."""
+"""Minibatch CKA between the layers of two models (Nguyen et al., ICLR 2021)."""
 
 from __future__ import annotations
 

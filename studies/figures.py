@@ -42,7 +42,7 @@ def write_csv(rows: Sequence[dict[str, Any]], folder: Path, name: str) -> None:
     """Writes rows that share their columns; floats with six digits."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.csv"
-    with open(path, "w", newline="") as file:
+    with open(path, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         for row in rows:

@@ -1,4 +1,4 @@
-"""Accuracy on low-pass and high-pass filtered validation images over training (ICCV Figures 3 and 4, Table 1)."""
+"""Accuracy on low-pass and high-pass filtered validation images over training (ICCV Figure 4, Table 1)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from curriculum import downsample
-from curriculum.operators import MODES
+from curriculum.operators import OPERATORS
 from studies.figures import panels, save, write_csv
 
 
@@ -91,7 +91,7 @@ def measure(base: int, sizes: Sequence[int], images: int) -> tuple[list[dict[str
     noise = natural_images(images, base)
     table, curves = [], []
     for size in sizes:
-        for operator in MODES:
+        for operator in OPERATORS:
             table.append(leaks(base, size, operator, noise))
             curves += gains(base, size, operator)
             print(
@@ -107,7 +107,7 @@ def report(table: Sequence[dict[str, Any]], curves: Sequence[dict[str, Any]], fo
     sizes = list(dict.fromkeys(row["size"] for row in table))
     figure, axes = panels(len(sizes))
     for axis, size in zip(axes, sizes):
-        for operator in MODES:
+        for operator in OPERATORS:
             mine = [row for row in curves if (row["operator"], row["size"]) == (operator, size)]
             leak = next(row["leak"] for row in table if (row["operator"], row["size"]) == (operator, size))
             points = [row["frequency"] for row in mine], [row["gain"] for row in mine]

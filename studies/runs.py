@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from config import Config
+from config.checks import check_settings
 from config.command_line import parse_config
 from curriculum import Plan, set_input_size
 from datasets import Source, build_source, eval_loader
@@ -21,6 +22,8 @@ from inputs.finish import Finish
 from inputs.transforms import EvalTransform
 from inputs.views import View
 from models import checkpoints
+from models.registry import check_name_from_file
+from models.weights import nonfinite
 from training.build import make_finish, make_model, make_plan, number_of_classes
 from training.resume import size_of_weights
 
@@ -31,16 +34,20 @@ class RunFolder:
     Args:
         path: the folder.
         data_path: where its data lie now; None: where they lay then.
+        model: its model; None: what its settings say, which must then be one of the registry's.
 
     Raises:
         ValueError: no run, or its data are not there.
     """
 
-    def __init__(self, path: Path, data_path: str | None = None) -> None:
+    def __init__(self, path: Path, data_path: str | None = None, model: str | None = None) -> None:
         if not (path / "config.yaml").exists():
             raise ValueError(f"{path} holds no run (no config.yaml)")
         self.path = path
-        config: Config = parse_config(["--recipe", str(path / "config.yaml")])
+        config: Config = parse_config(["--recipe", str(path / "config.yaml"), *(["--model", model] if model else [])])
+        check_settings(config)
+        if model is None:
+            check_name_from_file(config.model, config.model_args, str(path / "config.yaml"))
         self.config = replace(config, data_path=data_path or config.data_path)
 
     @cached_property
@@ -84,8 +91,13 @@ class RunFolder:
         weights = state["model_ema" if average else "model"]
         if weights is None:
             raise ValueError(f"{path} has no moving average; leave --ema out")
+        if bad := nonfinite(weights):
+            raise ValueError(f"{path} holds numbers that are not finite, in {', '.join(bad[:3])}")
         model = make_model(self.config, self.classes, size_of_weights(self.plan, state))
-        model.load_state_dict(weights)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise ValueError(f"{path} does not fit its settings: {' '.join(str(error).split())[:300]}") from None
         set_input_size(model, self.config.input_size)
         return model.eval().to(device), state
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from curriculum import CurriculumSampler, Pass
-from inputs.transforms import collate
+from curriculum import Pass
 from studies.figures import panels, save, shades, write_csv
 from studies.runs import RunFolder
-from training.build import make_train_set
+from training.build import make_batches, make_sampler
 
 
 def radial_power(images: torch.Tensor) -> torch.Tensor:
@@ -38,16 +39,17 @@ def radial_power(images: torch.Tensor) -> torch.Tensor:
 
 def shown(run: RunFolder, epoch: Pass, images: int) -> torch.Tensor:
     """The first ``images`` images of an epoch as the network sees them, one group: float (images, 3, B, B)."""
-    config = run.config
-    sampler = CurriculumSampler(run.plan, seed=config.seed, micro_batch=config.micro_batch, start_step=epoch.first_step)
-    data, samples = make_train_set(config, run.plan, run.train_source), []
-    for batch in sampler:
-        samples += batch
-        if len(samples) >= images:
-            break
-    pixels, labels, *_ = collate([data[sample] for sample in samples[:images]])
-    arguments = epoch.input_size, [config.seed], len(pixels), epoch.radius, epoch.mixing
-    return run.finish.train(pixels, labels, *arguments)[0]
+    config = replace(run.config, num_workers=0)
+    sampler = make_sampler(config, run.plan, world_size=1)
+    sampler.start_step = epoch.first_step
+    images = min(images, epoch.steps * epoch.batch_size)
+    pixels, labels = [], []
+    with closing(make_batches(config, run.plan, sampler, run.train_source, torch.device("cpu"))) as batches:
+        while sum(map(len, pixels)) < images:
+            for kept, part in zip((pixels, labels), next(batches)):
+                kept.append(part)
+    arguments = epoch.input_size, [config.seed], images, epoch.radius, epoch.mixing
+    return run.finish.train(torch.cat(pixels)[:images], torch.cat(labels)[:images], *arguments)[0]
 
 
 def measure(run: RunFolder, images: int) -> tuple[list[dict[str, Any]], list[torch.Tensor]]:

@@ -7,11 +7,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, product
+from statistics import mean
 
 from config import Config
 from curriculum import Plan
-from studies.study import Study, mean, schedule, spread
+from studies.study import Study, schedule
 from studies.trials import Trial
+from training.logs import spread
 
 
 @dataclass
@@ -61,13 +63,13 @@ class Greedy:
         if wanted is None:
             scores = study.compare({"base size": self.config(sizes)})["base size"]
             wanted = mean(scores)
-            found.say(f"{_text(sizes)}: {spread(scores)} (the baseline)")
+            found.say(f"{_text(sizes)}: {spread(scores)} % (the baseline)")
         for last in range(self.stages - 1, 0, -1):
             for size in reversed([size for size in self.sizes if size < sizes[last - 1]]):
                 tried = [size] * last + sizes[last:]
                 scores = study.compare({_text(tried): self.config(tried)})[_text(tried)]
                 kept = mean(scores) >= wanted - study.tolerance
-                found.say(f"{_text(tried)}: {spread(scores)}{'' if kept else ' (too low)'}")
+                found.say(f"{_text(tried)}: {spread(scores)} %{'' if kept else ' (too low)'}")
                 if not kept:
                     break
                 sizes = tried
@@ -184,7 +186,7 @@ class Constrained:
             found.say(
                 f"stage {number + 1}, {100 * start:.0f}-{100 * (start + self.shares[number]):.0f} % of compute, after "
                 f"{_text(sizes[:-1]) or 'nothing'}: "
-                + "; ".join(f"{size}: {spread(values)}" for size, values in scores.items())
+                + "; ".join(f"{size}: {spread(values)} %" for size, values in scores.items())
                 + f" -> {chosen}"
             )
         found.recipes["constrained"] = self.config(sizes)
@@ -194,7 +196,7 @@ class Constrained:
             confirmed = copy.copy(study)
             confirmed.seeds = self.confirm
             for name, scores in confirmed.compare(arms).items():
-                found.say(f"{name}, {study.config.epochs:g} full-size epochs of compute: {spread(scores)}")
+                found.say(f"{name}, {study.config.epochs:g} full-size epochs of compute: {spread(scores)} %")
         return found
 
 
@@ -232,7 +234,7 @@ class Magnitudes:
         configs, found = self.configs(), Found({})
         scores = self.study.compare(configs)
         for name, values in scores.items():
-            found.say(f"{name}: {spread(values)}")
+            found.say(f"{name}: {spread(values)} %")
         best = max(map(mean, scores.values()))
         chosen = next(name for name, values in scores.items() if mean(values) >= best - self.study.tolerance)
         found.say(f"chosen: {chosen}")
@@ -273,14 +275,15 @@ class Tuning:
             runs = self.configs(arm)
             scores = self.study.compare({label: runs[place] for label, place in configs.items()})
             for label, values in scores.items():
-                found.say(f"{label}: {spread(values)}")
+                found.say(f"{label}: {spread(values)} %")
             label = max(scores, key=lambda one: mean(scores[one]))
             (lr, batch), best[name] = configs[label], scores[label]
             found.recipes[f"tune-{name}"] = runs[lr, batch]
             for setting, value, tried in (("--lrs", lr, self.lrs), ("--batch_sizes", batch, self.batch_sizes)):
                 if len(tried) > 1 and value in (min(tried), max(tried)):
                     found.say(f"note: {name} is best at the edge of {setting} ({value:g}); try values beyond it")
-        found.say(f"best ordinary {spread(best['ordinary'])}, best with the curriculum {spread(best['curriculum'])}")
+        ordinary, curriculum = spread(best["ordinary"]), spread(best["curriculum"])
+        found.say(f"best ordinary {ordinary} %, best with the curriculum {curriculum} %")
         return found
 
 

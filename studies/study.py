@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from config import Config, load_curriculum
+from config import Config, load_curriculum, plain
 from curriculum import Curriculum, Plan
 from curriculum.presets import resolve, round_to
 from datasets import build_source
@@ -81,13 +80,12 @@ class Study:
 
 def as_mapping(curriculum: Curriculum) -> dict[str, Any]:
     """A curriculum as a YAML file holds it."""
-    plain = asdict(curriculum)
-    plain["magnitude_steps"] = list(curriculum.magnitude_steps)
-    plain["stages"] = [
+    mapping = plain(curriculum)
+    mapping["stages"] = [
         {key: value for key, value in stage._asdict().items() if value != stage._field_defaults.get(key, ())}
         for stage in curriculum.stages
     ]
-    return plain
+    return mapping
 
 
 def schedule(name: str, clock: str, base: int, operator: str, untils: Sequence[float], sizes: Sequence[int]) -> dict:
@@ -95,12 +93,3 @@ def schedule(name: str, clock: str, base: int, operator: str, untils: Sequence[f
     stages = [{"until": until, "input_size": size} for until, size in zip(untils, sizes)]
     kept = [one for one, after in pairwise([*stages, {"input_size": None}]) if one["input_size"] != after["input_size"]]
     return {"name": name, "clock": clock, "base_size": base, "operator": operator, "stages": kept}
-
-
-def mean(scores: Sequence[float]) -> float:
-    return statistics.mean(scores)
-
-
-def spread(scores: Sequence[float]) -> str:
-    """58.41 +- 0.52 %: mean and, of several, the standard deviation."""
-    return f"{mean(scores):.2f}" + (f" +- {statistics.stdev(scores):.2f}" if len(scores) > 1 else "") + " %"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import queue
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,18 +19,50 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from config import Config, to_yaml
+import msgspec
+from typing_extensions import TypedDict
+
+from config import Config, plain, to_yaml
+from config.files import read_text
+from config.kinds import named
 from training.logs import duration_text, read_log
 from utils import STOPPED, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
-# Settings that say where and how a run is carried out, and not what comes out of it.
-CIRCUMSTANCES = (
-    *("output_dir", "auto_resume", "device", "devices", "num_workers", "plan", "speeds", "timeout", "rows"),
-    *("log_interval", "save_interval", "keep_checkpoints", "baseline_epochs"),
+# Settings that say where and how a run is carried out, and not what comes out of it: where it starts and ends, and the
+# data by name, are part of what it is.
+CIRCUMSTANCES = tuple(
+    {*named(Config, "free")}
+    - {"resume", "stop_after", "data_path", "data_set", "train_split", "val_split", "val_per_class", "class_map"}
 )
+
+
+class Entry(TypedDict):
+    """A line of the ledger, as far as it is read back."""
+
+    key: str
+    label: str
+    accuracy: float | None
+    compute: float
+    seconds: float
+
+
+def _open_lock(path: Path) -> TextIO:
+    """Opens a lock file without following a link, waiting for a FIFO's other end or emptying what is there.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            os.close(handle)
+            raise OSError(errno.EINVAL, "not a regular file")
+        return open(handle, "w", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"{path} is not a search's lock ({error.strerror}); remove it") from None
 
 
 class SearchStopped(Exception):
@@ -74,10 +108,12 @@ def launch(trial: Trial, folder: Path, environment: dict[str, str], held: int, s
         str(ROOT / "main.py"),
         "--recipe",
         str(folder / "trial.yaml"),
+        "--model",  # which may be one's own, and then counts only where it is said
+        trial.config.model,
         "--output_dir",
         str(folder),
     ]
-    with open(folder / "console.txt", "a") as console:
+    with open(folder / "console.txt", "a", encoding="utf-8") as console:
         process = subprocess.Popen(
             command,
             stdout=console,
@@ -108,7 +144,7 @@ class Laboratory:
     ) -> None:
         self.path, self.slots, self.launch, self.most = folder, slots, launch, most
         folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(folder / "lock", "w")  # noqa: SIM115 (held as long as the search, or one of its trials, lives)
+        self.lock = _open_lock(folder / "lock")  # held as long as the search, or one of its trials, lives
         self._take_lock()
         self.ledger = folder / "ledger.jsonl"
         self.entries = self._read()
@@ -133,9 +169,10 @@ class Laboratory:
 
     def _read(self) -> dict[str, dict[str, Any]]:
         try:
-            lines = self.ledger.read_text().splitlines() if self.ledger.exists() else []
-            return {entry["key"]: entry for entry in map(json.loads, lines)}
-        except (ValueError, KeyError, TypeError) as error:
+            lines = read_text(self.ledger).splitlines() if self.ledger.exists() else []
+            entries = map(json.loads, lines)
+            return {entry["key"]: entry for entry in entries if msgspec.convert(entry, Entry) is not None}
+        except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
             raise ValueError(f"{self.ledger} is not a ledger of trials ({error}); name another --output") from None
 
     def folder(self, trial: Trial) -> Path:
@@ -205,7 +242,7 @@ class Laboratory:
         diverged = code == 1 and any(folder.glob("nonfinite-*"))
         if code != 0 and not diverged:
             console = folder / "console.txt"
-            last = console.read_text().strip().splitlines()[-1:] if console.exists() else []
+            last = console.read_text(encoding="utf-8").strip().splitlines()[-1:] if console.exists() else []
             raise ValueError(f"the trial {trial.label} failed ({''.join(last) or f'exit code {code}'}); see {console}")
         self._note(trial, 0.0 if diverged else final_accuracy(folder, trial), time.perf_counter() - began)
 
@@ -218,7 +255,7 @@ class Laboratory:
                 "accuracy": accuracy,
                 "compute": round(trial.compute, 4),
                 "seconds": round(seconds, 1),
-                "settings": asdict(trial.config),
+                "settings": plain(trial.config),
             }
             write_text(self.ledger, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
             used = self.used

@@ -1,11 +1,14 @@
 """What several tests share: a tiny real image folder, and running main.py inside the test process."""
 
+import atexit
 import importlib.util
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests.
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="efficienttrain_tests_")
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def script(name):
@@ -79,9 +85,10 @@ def write_images(root, counts, seed=0, size=(40, 48)):
 def main_program():
     """``main_program(argv)`` -> exit code of main.py in this process, which gets its signal handlers back."""
     import main
+    from utils import STOP_SIGNALS
 
     def call(argv):
-        before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1)}
+        before = {name: signal.getsignal(name) for name in map(signal.Signals.__getitem__, STOP_SIGNALS)}
         try:
             return main.main(argv)
         finally:
@@ -101,6 +108,13 @@ def train(main_program, folder, tmp_path):
         return Run(output)
 
     return call
+
+
+def checkpoint_fields(**fields):
+    """All that a checkpoint must hold, of a run that has not begun; ``fields`` replace and add to it."""
+    empty = {"model_ema": None, "optimizer": {"state": {}, "param_groups": []}, "scaler": {}, "step": 0, "epoch": 0}
+    meters = {"loss": [0.0, 0.0], "seconds": 0.0}
+    return {"model": {}, **empty, "best": {"acc1": -1.0}, "meters": meters, "config": {}, **fields}
 
 
 class Run:

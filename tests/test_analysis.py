@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import Run, script
 from torch import nn
 
@@ -25,6 +26,10 @@ def drawn(folder, name):
     return (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG") and "<svg" in (
         folder / f"{name}.svg"
     ).read_text()
+
+
+MODEL = "tests.tiny_models:convnet"  # which no file may name
+OWN = ("--model", MODEL)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +55,7 @@ def disc_by_numpy(images, radius, inside):
 
 
 def test_filtered_accuracy_is_that_of_images_filtered_by_numpy(runs):
-    run, device = RunFolder(runs / "ordinary"), torch.device("cpu")
+    run, device = RunFolder(runs / "ordinary", model=MODEL), torch.device("cpu")
     rows = filtered.measure(run, [2, 9.5], device, batch_size=4)
     assert len(rows) == 5 * len(run.checkpoints()) and len(run.checkpoints()) >= 4
     last = run.checkpoints()[-1]
@@ -69,10 +74,10 @@ def test_filtered_accuracy_is_that_of_images_filtered_by_numpy(runs):
 
 
 def test_checkpoints_of_other_input_sizes_are_scored_at_the_base_size(runs):
-    run = RunFolder(runs / "etpp")
+    run = RunFolder(runs / "etpp", model=MODEL)
     model, state = run.model(run.checkpoints()[0], torch.device("cpu"))
     assert state["input_size"] == 32 and model.input_size == 64
-    average, _ = RunFolder(runs / "ordinary").model(
+    average, _ = RunFolder(runs / "ordinary", model=MODEL).model(
         runs / "ordinary" / "checkpoint-last.pth", torch.device("cpu"), True
     )
     assert not torch.equal(average.stem.weight, model.stem.weight[:8])
@@ -81,7 +86,7 @@ def test_checkpoints_of_other_input_sizes_are_scored_at_the_base_size(runs):
 
 
 def test_some_of_the_images(runs):
-    run = RunFolder(runs / "ordinary")
+    run = RunFolder(runs / "ordinary", model=MODEL)
     images, labels = (torch.cat(parts) for parts in zip(*run.validation(4, 3, torch.device("cpu"))))
     every = torch.cat([pixels for pixels, _ in run.validation(None, 15, torch.device("cpu"))])
     assert torch.equal(images, every[[0, 5, 9, 14]]) and labels.tolist() == [0, 1, 1, 2]
@@ -204,7 +209,7 @@ def test_shown_images_are_those_of_the_run(runs):
     """The first images of a stage are in the run's own samples/, which the trainer wrote."""
     from PIL import Image
 
-    run = RunFolder(runs / "etpp")
+    run = RunFolder(runs / "etpp", model=MODEL)
     for number, size in ((1, 32), (2, 48), (3, 64)):
         epoch = next(epoch for epoch in run.plan if epoch.stage == number - 1)
         assert spectra.shown(run, epoch, 6).shape == (6, 3, size, size)
@@ -213,6 +218,23 @@ def test_shown_images_are_those_of_the_run(runs):
     assert [one.shape for one in pictures] == [(4, 3, size, size) for size in (32, 48, 64)]
     assert all(one.dtype == torch.uint8 and one.float().std() > 10 for one in pictures)
     assert [max(row["frequency"] for row in rows if row["stage"] == n) for n in (1, 2, 3)] == [16, 24, 32]
+
+
+@pytest.mark.parametrize("operator", ["fourier", "lanczos"])
+def test_images_augmented_on_the_device_are_shown_too(runs, tmp_path, operator):
+    """A run with --augment_on device shows what the same run shows with --augment_on host, to its operations' error."""
+    shown = {}
+    for place in ("host", "device"):
+        settings = yaml.safe_load((runs / "etpp" / "config.yaml").read_text())
+        settings.update(augment_on=place, operator=operator, magnitude="constant")
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "config.yaml").write_text(yaml.safe_dump(settings))
+        run = RunFolder(tmp_path / place)
+        epoch = next(epoch for epoch in run.plan if epoch.stage == 1)
+        shown[place] = spectra.shown(run, epoch, 8)
+        assert shown[place].shape == (8, 3, 48, 48)
+    assert (shown["host"] - shown["device"]).abs().mean() < 0.05
+    assert (shown["host"] - shown["device"].roll(1, 0)).abs().mean() > 0.3
 
 
 # ---- Proposition 1 -------------------------------------------------------------------------------------------------
@@ -246,13 +268,13 @@ def test_leak_by_numpy():
 # ---- the commands --------------------------------------------------------------------------------------------------
 def test_commands_write_figures_and_numbers(runs, tmp_path, capsys):
     a, b, out = str(runs / "ordinary"), str(runs / "etpp"), tmp_path / "an out"
-    assert analyze.main(["filtered", a, b, "--output", str(out), "--radii", "3,12", "--batch_size", "8"]) == 0
+    assert analyze.main(["filtered", a, b, *OWN, "--output", str(out), "--radii", "3,12", "--batch_size", "8"]) == 0
     assert drawn(out, "filtered_ordinary") and drawn(out, "filtered_etpp")
     rows = read(out / "filtered.csv")
     assert {row["run"] for row in rows} == {"ordinary", "etpp"} and len(read(out / "filtered_matched_etpp.csv")) >= 3
-    assert analyze.main(["cka", a, b, "--output", str(out), "--batch_size", "5", "--images", "10"]) == 0
+    assert analyze.main(["cka", a, b, *OWN, "--output", str(out), "--batch_size", "5", "--images", "10"]) == 0
     assert drawn(out, "cka") and [row["cka"] for row in read(out / "cka.csv")]
-    assert analyze.main(["spectra", b, "--output", str(out), "--images", "6"]) == 0
+    assert analyze.main(["spectra", b, *OWN, "--output", str(out), "--images", "6"]) == 0
     assert drawn(out, "spectra") and len(read(out / "spectra.csv")) == 16 + 24 + 32
     proposition = ["proposition1", "--output", str(out), "--base_size", "32", "--sizes", "16", "--images", "4"]
     assert analyze.main(proposition) == 0
@@ -273,6 +295,6 @@ def test_commands_write_figures_and_numbers(runs, tmp_path, capsys):
 )
 def test_bad_input(runs, tmp_path, arguments, words, capsys):
     words_given = [str(runs / "ordinary") if word == "RUN" else word for word in arguments]
-    assert analyze.main([*words_given, "--output", str(tmp_path)]) == 1
+    assert analyze.main([*words_given, *OWN, "--output", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert words in error and error.startswith("error: ") and error.count("\n") == 1

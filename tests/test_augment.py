@@ -105,11 +105,17 @@ def test_draws_depend_on_the_generator_alone():
     assert first != [augment.draw(7.3, random.Random(k + 1)) for k in range(50)]
 
 
-def test_call_draws_and_applies(photo):
-    augment = RandAugment(prob=1.0)
-    rng = random.Random(3)
-    expected = augment.apply(photo, augment.draw(9.0, random.Random(3)))
-    assert np.array_equal(np.asarray(augment(photo, 9.0, rng)), np.asarray(expected))
+def test_call_applies_what_is_drawn_by_timms_functions(photo):
+    augment = RandAugment(prob=1.0, fill=FILL)
+    changed = 0
+    for seed in range(5):
+        expected = photo
+        for name, args in augment.draw(5.0, random.Random(seed)):
+            function = timm_augment.NAME_TO_OP[name]
+            expected = function(expected, *args, fillcolor=FILL, resample=Image.Resampling.BICUBIC)
+        assert np.array_equal(np.asarray(augment(photo, 5.0, random.Random(seed))), np.asarray(expected))
+        changed += not np.array_equal(np.asarray(expected), np.asarray(photo))
+    assert changed >= 3
 
 
 @pytest.mark.parametrize("magnitude", [-0.1, 10.5, float("nan")])

@@ -1,6 +1,7 @@
 """--micro_batch auto: what fits is found, recorded and kept; out-of-memory errors are faked."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,15 +70,16 @@ def test_trial_trains_the_real_thing_and_survives_a_lack_of_memory(monkeypatch, 
     plan = build_plan("efficienttrain++", epochs=20, num_images=500, batch_size=16, base_size=64, operator=operator)
     trial = autobatch.Trial(config, plan, lambda size: create_model("test_convnext", 10, size), CPU)
     seen = []
-    real = autobatch.forward_loss
+    real = autobatch.finished
 
-    def limited(training, images, targets, epoch, *rest):
+    def limited(training, batches, epoch, seeds):
+        images, targets = next(batches)
         seen.append(tuple(images.shape))
         if len(images) * epoch.input_size**2 > 8 * 64**2:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory (a fake)")
-        return real(training, images, targets, epoch, *rest)
+        return real(training, iter([(images, targets)]), epoch, seeds)
 
-    monkeypatch.setattr(autobatch, "forward_loss", limited)
+    monkeypatch.setattr(autobatch, "finished", limited)
     assert autobatch.search(plan, 1, True, trial.fits) == (8, {64: 8, 48: 8, 32: 16})
     assert (8, 3, 64, 64) in seen and ((16, 3, 32, 32) in seen) == (operator == "lanczos")
 
@@ -87,6 +89,41 @@ def test_other_errors_of_a_trial_are_not_taken_for_a_lack_of_memory(monkeypatch)
     monkeypatch.setattr(trial, "train", lambda size, images: torch.zeros(2) @ torch.zeros(3))
     with pytest.raises(RuntimeError, match="size"):
         trial.fits(64, 8)
+
+
+@pytest.mark.parametrize(
+    "text, lacks",
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB", True),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", True),
+        ("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`", True),
+        ("mat1 and mat2 shapes cannot be multiplied", False),
+        ("CUDA error: device-side assert triggered", False),
+    ],
+)
+def test_every_way_to_say_out_of_memory_is_known(text, lacks):
+    assert autobatch.ran_out(RuntimeError(text)) is lacks
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_trial_does_all_that_the_run_does(monkeypatch, processes):
+    """It augments at the base size, keeps gradients where data-parallel buckets would stay, updates the average."""
+    config = Config(model="test_convnext", input_size=64, augment_on="device", model_ema=True)
+    plan = build_plan("efficienttrain++", epochs=20, num_images=500, batch_size=16, base_size=64)
+    model, asked = create_model("test_convnext", 10, 32), []
+    blank = autobatch.Blank(config, plan, model, 16, 16, Topology(0, processes, CPU.device))
+    real = blank.augment
+    monkeypatch.setattr(blank, "augment", lambda *args: (asked.append(args), real(*args))[1])
+    blank.forward_and_backward()
+    blank.update()
+    ((images, choices, size),) = asked
+    assert images.shape == (16, 3, 64, 64) and size == 32
+    assert choices.shape == (16, 5) and (choices[:, 0] == 1).all()
+    assert (next(model.parameters()).grad is not None) == (processes == 2)
+    fast = autobatch.Blank(replace(config, pipeline="fast"), plan, create_model("test_convnext", 10, 32), 8, 8, CPU)
+    assert fast.batch[0].shape == (8, 3, 32, 32)
 
 
 def test_reckoning_counts_what_autograd_keeps():

@@ -12,7 +12,7 @@ from models import checkpoints
 
 def content(folder):
     """Every file below a folder with its bytes, but for the index of an image folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".image_index"))
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path: path.read_bytes() for path in files}
 
 

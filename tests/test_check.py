@@ -20,7 +20,7 @@ def bad(name, sizes=SIZES):
 def test_a_timm_model_has_everything(capsys):
     assert main(["test_vit", "--sizes", "32", "48", "64"]) == 0
     out = capsys.readouterr().out
-    assert out.count("\nok ") == 9 and "MISSING" not in out and "\nwithout" not in out
+    assert out.count("\nok ") == 10 and "MISSING" not in out and "\nwithout" not in out
     assert "resamples pos_embed" in out and "by its own set_input_size" in out
 
 
@@ -84,7 +84,7 @@ def patches(num_classes):
         ("pair", "classes", "a tuple, not (2, 3)"),
         ("deaf", "made by name", "num_classes"),
         ("patches", "input sizes", "set_input_size(img_size=(H, W))"),
-        ("unused", "resizing", "1 parameters got no gradient (spare)"),
+        ("unused", "training", "1 parameters of the model get no gradient (spare)"),
         ("nowhere", "made by name", "has no function 'nowhere'"),
     ],
 )

@@ -1,22 +1,31 @@
 """Settings: defaults, recipes, flags. What is unknown or of the wrong type is refused; the flags stay what they are."""
 
+import json
 import re
+import subprocess
+import sys
 from dataclasses import asdict, fields
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from conftest import ROOT
 
-from config import Config, load_curriculum, load_recipe, to_yaml
-from config.command_line import parse_config
+from config import Config, load_curriculum, load_recipe, plain, to_yaml
+from config.command_line import FIRST, flags_of, parse_config, parse_stated
+from curriculum.operators import OPERATORS
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
 FLAGS = """
-amp auto_resume baseline_epochs batch_size channels_last clip_grad compile crop_pct crop_scale curriculum cutmix
-data_path data_set deterministic device drop_path early_large_batch epochs eval eval_interval eval_size finetune
-head_init_scale hflip input_size keep_checkpoints layer_decay log_interval lr lr_rule magnitude max_magnitude
-micro_batch min_lr mixup mixup_prob mixup_switch_prob model model_args model_ema model_ema_decay momentum
-num_classes num_images num_workers operator opt opt_betas opt_eps output_dir pipeline plan reprob resume
-save_interval seed smoothing warmup_epochs weight_decay weight_decay_end
+allow_change amp augment_on auto_resume baseline_epochs batch_size channels_last class_map clip_grad color_jitter
+compile crop_pct crop_ratio crop_scale curriculum cutmix data_path data_set decoder deterministic device devices
+doctor drop_path early_large_batch epochs eval eval_data eval_interval eval_size finetune forward_batch
+head_init_scale hflip input_size keep_checkpoints layer_decay linear_probe log_interval lr lr_rule mae_target
+magnitude mask_ratio max_bad max_magnitude micro_batch min_lr mixup mixup_prob mixup_switch_prob model model_args
+model_ema model_ema_decay momentum num_classes num_images num_workers on_nonfinite operator opt opt_betas opt_eps
+output_dir pipeline plan predict predict_to real_labels replay replay_memory reprob resume rows save_interval seed
+smoothing speeds stop_after suggest task timeout top_k train_interpolation train_split val_per_class val_split
+warmup_epochs weight_decay weight_decay_end
 """
 # The defaults that the published curricula and recipes rest on.
 DEFAULTS = {
@@ -84,8 +93,23 @@ def test_every_setting_has_a_line_of_help(capsys):
         parse_config(["--help"])
     text = capsys.readouterr().out
     for field in fields(Config):
-        description = re.search(rf"^  --{field.name} \S+\s(.*?)\(type:", text, re.MULTILINE | re.DOTALL)[1]
+        description = re.search(
+            rf"^  --{field.name} \S.*?\s{{2,}}(.*?)(?=^  --|^\S|\Z)", text, re.MULTILINE | re.DOTALL
+        )[1]
         assert len(description.split()) >= 2, field.name
+
+
+def test_operators_are_the_curriculums():
+    """A type is written out; what it lists is what curriculum/ has."""
+    choices = get_args(get_args(get_type_hints(Config)["operator"])[0])
+    assert choices == OPERATORS
+
+
+def test_plain_types():
+    config = Config(forward_batch={64: 4}, opt_betas=(0.9, 0.95))
+    assert plain(config) == json.loads(json.dumps(asdict(config)))
+    assert (plain(config)["opt_betas"], plain(config)["forward_batch"]) == ([0.9, 0.95], {"64": 4})
+    assert plain({"a": (1, (2,))}) == {"a": [1, [2]]}
 
 
 def test_defaults():
@@ -101,6 +125,58 @@ def test_recipe_then_flags(recipe):
     assert config.warmup_epochs == "20 passes"
     assert config.batch_size == 4096
     assert parse_config(["--lr", "0.5", f"--recipe={path}"]).lr == 0.5  # the order does not matter
+
+
+def test_help_is_for_people(capsys):
+    """Types as one writes them; what matters first comes first; each setting once."""
+    with pytest.raises(SystemExit):
+        parse_config(["--help"])
+    text = capsys.readouterr().out
+    for inner in ("Union", "Literal", "NoneType", "null", "<class", "Optional", "type:", "%%"):
+        assert inner not in text, inner
+    shown = re.findall(r"^  --(\w+) ", text, re.MULTILINE)
+    assert shown[: 1 + len(FIRST)] == ["recipe", *FIRST] and len(FIRST) == 9
+    assert sorted(shown) == sorted(["recipe", *(field.name for field in fields(Config))])
+    assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w.*:", line)] == [
+        *("options", "the settings to begin with", "run", "data", "model", "curriculum", "optimization"),
+        "regularization (after RandAugment)",
+    ]
+    assert "--crop_scale X,X" in text and "(default: 0.08,1)" in text
+
+
+@pytest.mark.parametrize("argv, code", [(["--help"], 0), (["--lrr", "3"], 2), (["--lr", "fast"], 2)])
+def test_help_and_typos_do_not_wait_for_torch(argv, code):
+    program = (
+        "import runpy, sys\nsys.argv = ['main.py', *sys.argv[1:]]\n"
+        "try:\n    runpy.run_path('main.py', run_name='__main__')\n"
+        "finally:\n    print('heavy', sorted({'torch', 'timm', 'torchvision', 'numpy'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code and "heavy []" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("pair", ["0.9,0.95", "[0.9,0.95]", "[0.9, 0.95]"])
+def test_lists_without_brackets(pair):
+    assert parse_config(["--opt_betas", pair]).opt_betas == (0.9, 0.95)
+    config = parse_config(["--replay", "4,2,1", "--decoder=4,256,8", "--rows", "a,b", "--train_split", "a,b"])
+    assert (config.replay, config.decoder, config.rows, config.train_split) == (
+        [4, 2, 1],
+        (4, 256, 8),
+        ["a", "b"],
+        "a,b",
+    )
+
+
+def test_what_was_stated(recipe):
+    path = recipe({"lr": 4e-3, "seed": 1})
+    config, stated = parse_stated(["--recipe", path, "--epochs", "200", "--model_args.depth", "3"])
+    assert stated == {"lr", "seed", "epochs", "model_args"} and config.model_args == {"depth": 3}
+    assert flags_of(["--recipe", path, "--epochs=200"]) == {"recipe", "epochs"}
+
+
+def test_part_of_a_mapping_keeps_the_rest_of_the_recipe(recipe):
+    path = recipe({"model_args": {"depth": 3, "width": 8}})
+    assert parse_config(["--recipe", path, "--model_args.width", "9"]).model_args == {"depth": 3, "width": 9}
 
 
 def test_types_of_flags():
@@ -135,6 +211,7 @@ def test_extends(recipe):
 def test_to_yaml_is_a_recipe_of_the_same_settings(recipe):
     first = parse_config(
         ["--lr", "0.5", "--opt_betas", "[0.9,0.95]", "--model_args", "{depth: 3}", "--curriculum", "{clock: compute}"]
+        + ["--forward_batch", "{64: 4}"]
     )
     again = parse_config(["--recipe", recipe(to_yaml(first))])
     assert asdict(again) == asdict(first)
@@ -156,6 +233,11 @@ def test_curriculum_file(recipe):
         (["--mod", "resnet50"], ["'mod'", "model"]),  # no abbreviations
         (["--print_config"], ["'print_config'"]),
         (["--zzzz", "1"], ["'zzzz'", "--help lists all"]),
+        (["--recip", "x.yaml"], ["'recip'", "did you mean recipe"]),
+        (["--lr", "1", "2"], ["'2' belongs to no setting"]),
+        (["--replay", "4,", "2"], ["--replay is 4,; write --replay N,N,..."]),
+        (["--recipe", "a.yaml", "--recipe", "b.yaml"], ["--recipe is given twice", "extends: b.yaml"]),
+        (["--recipe", "a.yaml", "--lr", "1", "--recipe=b.yaml"], ["--recipe is given twice"]),
         (["stray"], ["stray"]),
         (["--lr"], ["--lr"]),
         (["--lr", "fast"], ["lr", "fast"]),
@@ -163,7 +245,9 @@ def test_curriculum_file(recipe):
         (["--amp", "fp8"], ["amp", "fp8", "bf16"]),
         (["--plan", "please"], ["plan", "please", "table"]),
         (["--model_ema", "7"], ["model_ema", "7"]),
-        (["--crop_scale", "[0.3]"], ["crop_scale", "2 elements"]),
+        (["--crop_scale", "[0.3]"], ["--crop_scale is [0.3]; write --crop_scale X,X"]),
+        (["--crop_scale", "0.3,0.5,1"], ["--crop_scale X,X"]),
+        (["--micro_batch", "many"], ["--micro_batch is many; write --micro_batch N|auto"]),
         (["--model_args", "7"], ["model_args"]),
         (["--recipe"], ["--recipe"]),
         (["--recipe", "nowhere/at_all.yaml"], ["nowhere/at_all.yaml", "No such file"]),

@@ -34,8 +34,8 @@ def test_table_gives_mean_spread_and_speed_up(known):
     lines = demo.table(known).splitlines()
     assert len(lines) == 1 + len(demo.ARMS)
     half = lines[-1].split()
-    assert half[:5] == ["EfficientTrain++", "0.50", "56.0", "%", "+-"] and half[5] == "8.5" and half[-1] == "2.00x"
-    assert "61.0 % +- 1.4" in lines[2] and lines[2].endswith("1.00x")
+    assert half[:6] == ["EfficientTrain++", "0.50", "56.0", "+-", "8.5", "%"] and half[-1] == "2.00x"
+    assert "61.0 +- 1.4 %" in lines[2] and lines[2].endswith("1.00x")
 
 
 def test_one_seed_has_no_spread(known):

@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+from functools import partial
 from multiprocessing.util import Finalize
 
 import pytest
@@ -13,6 +16,8 @@ from conftest import ROOT, Run, flags, write_images
 from processes import free_port, world
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 
+import datasets
+import engine
 from training import session
 
 # Mixing and erasing are on. Off is what draws per forward pass or looks at the whole batch: drop path and BatchNorm.
@@ -145,3 +150,58 @@ def test_a_batch_that_does_not_share_out(folder, tmp_path):
         assert line.startswith(f"error: [rank {rank} on {socket.gethostname()}] --micro_batch 8 does not divide")
         assert line.endswith("2 processes; nearest that do: 4")
     assert not (tmp_path / "run").exists()
+
+
+def fails_in_step(step, kind=torch.OutOfMemoryError):
+    """An error in the forward pass of ``step``; as under NCCL, taking the process group down waits for the others."""
+    original = engine.forward_loss
+
+    def forward_loss(t, images, targets, number, *rest):
+        if number == step:
+            raise kind("CUDA out of memory (a fake)")
+        return original(t, images, targets, number, *rest)
+
+    engine.forward_loss = forward_loss
+    torch.distributed.destroy_process_group = lambda: (print("taken down", flush=True), time.sleep(600))
+
+
+def and_its_loader_hangs(step, kind=torch.OutOfMemoryError):
+    fails_in_step(step, kind)
+    original = datasets.TrainSet.__getitem__
+    count = [0]
+
+    def getitem(self, sample):
+        count[0] += 1
+        if count[0] > 24:
+            time.sleep(600)
+        return original(self, sample)
+
+    datasets.TrainSet.__getitem__ = getitem
+
+
+@pytest.mark.parametrize(
+    "fault, workers, said",
+    [
+        (partial(fails_in_step, 3), 0, "out of device memory: lower --micro_batch"),
+        (partial(and_its_loader_hangs, 3), 1, "out of device memory: lower --micro_batch"),
+        (partial(fails_in_step, 3, KeyError), 0, "KeyError: 'CUDA out of memory (a fake)'"),
+    ],
+)
+def test_an_error_of_one_process_is_told_at_once_and_ends_it(folder, tmp_path, fault, workers, said):
+    """Whatever its loader does, and though taking the process group down would wait for ever."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, num_workers=workers, save_interval="100%")
+    first, second = world(argv, tmp_path / "log", 2, faults={1: fault})
+    second.wait_for(said, timeout=60)
+    assert second.wait(timeout=10) == 1
+    assert ("taken down" not in second.output and "error: [rank 1 on " in second.output) or "Traceback" in second.output
+    assert first.wait(timeout=60) == 1  # under gloo the other one notices; torchrun ends it under NCCL
+    assert "lost another process" in first.output
+
+
+def test_processes_that_succeed_take_the_group_down(folder, tmp_path):
+    """The control of the one above: then it waits, as said."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, curriculum="none")
+    programs = world(argv, tmp_path / "log", 2, faults={0: partial(fails_in_step, -1), 1: partial(fails_in_step, -1)})
+    for program in programs:
+        program.wait_for("taken down")
+        program.signal(signal.SIGKILL)

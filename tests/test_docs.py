@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, flags, script, write_images
-from test_analysis import analyze
+from test_analysis import OWN, analyze
 from test_results import results
 from test_search import search
 from test_slurm import Cluster
@@ -141,7 +141,7 @@ def test_command(page, command, run_main, site, tmp_path):
         for word in words[3:]:
             if word.startswith("output/") and word != "output/figures":
                 run_main.finished(Path(word))
-        reduced = ["--base_size", "32", "--sizes", "16"] if words[2] == "proposition1" else []
+        reduced = ["--base_size", "32", "--sizes", "16"] if words[2] == "proposition1" else [*OWN]
         assert analyze.main([*words[2:], *reduced, "--images", "12"]) == 0
     elif words[:2] == ["python", "scripts/search.py"]:
         assert search.main([*words[2:], "--predict", *REDUCED, "--epochs", "20"]) == 0

@@ -2,11 +2,17 @@
 
 import json
 import math
+import re
 
 import pytest
+import torch
 
-from commands import doctor
+from commands import autobatch, doctor
+from config import Config
+from curriculum import build_plan
+from models import create_model
 from tests.conftest import flags
+from utils import Topology
 
 
 def row(size, step, worker, fast=None, device=None, copy=math.inf, replay=1):
@@ -44,7 +50,57 @@ def test_advice_fits_the_machine():
     assert "--replay '[3, 1]'" in lines[3]
 
 
-@pytest.mark.parametrize("settings", [{}, {"operator": "fourier", "magnitude": "none"}])
+def test_nothing_is_copied_on_the_cpu():
+    assert "copy -, one" in doctor.describe(row(96, 5000, 500), 4, 16)
+    assert "copy 900, one" in doctor.describe(row(96, 5000, 500, copy=900), 4, 16)
+
+
+@pytest.mark.parametrize(
+    "training, loading, workers, on_cpu, seconds",
+    [
+        (10, 30, 0, False, 40),  # one after the other
+        (10, 30, 2, False, 15),  # the loader holds it back
+        (10, 30, 4, False, 10),
+        (10, 8, 1, True, 14),  # two threads for ten seconds and eight of the worker, on two cores
+        (10, 30, 1, True, 30),
+    ],
+)
+def test_how_long_a_stage_takes(monkeypatch, training, loading, workers, on_cpu, seconds):
+    monkeypatch.setattr(doctor.torch, "get_num_threads", lambda: 2)
+    assert doctor.busiest(training, loading, workers, 2 if on_cpu else 16, on_cpu) == seconds
+
+
+def test_the_whole_run_is_the_sum_of_its_stages_and_evaluations():
+    plan = build_plan("efficienttrain++", epochs=20, num_images=1000, batch_size=10, base_size=64)
+    rows = [row(32, 400, 1e9), row(48, 200, 1e9), row(64, 100, 1e9)]
+    config = Config(input_size=64, eval_interval="100%", model_ema=True, num_workers=4)
+    expected = sum(s.steps * 10 / {32: 400, 48: 200, 64: 100}[s.input_size] for s in plan.stages)
+    found = doctor.predict(rows, plan, config, 300, Topology(0, 1, torch.device("cuda", 0)), 16)
+    assert found == pytest.approx(expected + 2 * 300 / 300, rel=1e-6)  # both weights, at three times the speed
+    found = doctor.predict(rows, plan, config, 300, Topology(0, 2, torch.device("cuda", 0)), 16)
+    assert found == pytest.approx((expected + 2) / 2, rel=1e-6)
+
+
+def test_a_step_is_timed_in_the_runs_groups_from_one_batch(monkeypatch):
+    seen = []
+    real = autobatch.finished
+
+    def finished(training, batches, record, seeds):
+        images, targets = next(batches)
+        seen.append((len(images), training.sampler.micro_batch, len(seeds), images.data_ptr()))
+        return real(training, iter([(images, targets)]), record, seeds)
+
+    monkeypatch.setattr(autobatch, "finished", finished)
+    monkeypatch.setattr(doctor, "SECONDS", 0)
+    plan = build_plan("efficienttrain++", epochs=20, num_images=100, batch_size=16, base_size=64)
+    config = Config(model="test_convnext", input_size=64, batch_size=16)
+    model = create_model("test_convnext", 10, 32)
+    forward, _ = doctor.step_seconds(config, plan, model, 16, 8, Topology(0, 1, torch.device("cpu")))
+    assert forward > 0 and len(seen) == 4
+    assert {what[:3] for what in seen} == {(16, 8, 2)} and len({pointer for *_, pointer in seen}) == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"augment_on": "device"}, {"operator": "fourier", "magnitude": "none"}])
 def test_a_real_run_measures_every_size(main_program, folder, tmp_path, capsys, monkeypatch, settings):
     monkeypatch.setattr(doctor, "SECONDS", 0.02)
     assert main_program(flags(data_path=folder, output_dir=tmp_path / "out", doctor=True, **settings)) == 0
@@ -54,6 +110,7 @@ def test_a_real_run_measures_every_size(main_program, folder, tmp_path, capsys, 
         "48",
         "64",
     ]
+    assert re.search(r"the whole run: \d+:\d\d, [\d.]+ process-hours", printed) and "copy -" in printed
     speeds = json.loads((tmp_path / "out" / "speeds.json").read_text())["images_per_s"]
     assert set(speeds) == {"32", "48", "64"} and all(speed > 0 for speed in speeds.values())
     assert not list((tmp_path / "out").glob("checkpoint*"))

@@ -25,8 +25,8 @@ def poison(*steps, kind="loss", rank=None):
     """From now on the loss, or only its gradient, is not finite in these optimizer steps (in process ``rank``)."""
     original = engine.forward_loss
 
-    def forward_loss(t, images, targets, epoch, step, groups):
-        loss = original(t, images, targets, epoch, step, groups)
+    def forward_loss(t, images, targets, step, groups, seeds):
+        loss = original(t, images, targets, step, groups, seeds)
         if step not in steps or rank not in (None, t.sampler.rank):
             return loss
         if kind == "loss":

@@ -116,8 +116,8 @@ def default_then_term():
 
 
 def test_saving_by_the_clock(folder, tmp_path, undisturbed_by_two):
-    """Minutes on the main process's clock; the other one's differs, and both save at the same steps."""
-    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, "save_interval": "0.0005 minutes"})
+    """Minutes on the main process's clock, of which each step takes more; both processes save at the same steps."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, "save_interval": "0.00001 minutes"})
     argv += ["--keep_checkpoints", "100"]
     kill = {rank: partial(kill_after_step, 14) for rank in range(2)}
     programs = world(argv, tmp_path / "first", 2, faults=kill)
@@ -210,7 +210,7 @@ def test_soak(tmp_path):
 
 # -- hangs -------------------------------------------------------------------------------------------------------------
 
-QUICK = {**SETTINGS, "timeout": 0.05}  # 3 s
+QUICK = {**SETTINGS, "timeout": 0.1}  # 6 s: longer than anything that does not hang takes on a busy machine
 
 
 def test_a_dead_process_is_reported_by_the_others(folder, tmp_path):
@@ -226,18 +226,16 @@ def test_a_dead_process_is_reported_by_the_others(folder, tmp_path):
 def test_a_process_that_hangs_is_reported_with_rank_host_and_place(folder, tmp_path):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, **QUICK)
     hang = partial(call_before, "training.session:Session.after_step", time.sleep, 1000, count=4)
-    started = time.monotonic()
     programs = world(argv, tmp_path / "log", 2, faults={1: hang})
-    assert [program.wait(60) for program in programs] == [1, 1]
-    assert time.monotonic() - started < 40
+    assert [program.wait() for program in programs] == [1, 1]  # of waits that would take 1000 s
     said = programs[1].output
-    assert f"error: [rank 1 of 2 on {os.uname().nodename}] nothing happened for 3 s" in said
+    assert f"error: [rank 1 of 2 on {os.uname().nodename}] nothing happened for 6 s" in said
     assert "while training, after step 3" in said and "--timeout" in said
 
 
 def test_an_evaluation_alone_that_hangs(folder, tmp_path, main_program):
     assert main_program(flags(output_dir=tmp_path / "run", data_path=folder, epochs=1)) == 0
-    argv = flags(data_path=folder, eval=True, resume=tmp_path / "run" / "checkpoint-last.pth", timeout=0.05)
+    argv = flags(data_path=folder, eval=True, resume=tmp_path / "run" / "checkpoint-last.pth", timeout=0.1)
     hang = partial(call_before, "inputs.transforms:EvalTransform.__call__", time.sleep, 1000, count=9)
     program = Program(argv, tmp_path / "log", fault=hang)
     assert program.wait(60) == 1
@@ -246,14 +244,15 @@ def test_an_evaluation_alone_that_hangs(folder, tmp_path, main_program):
 
 @pytest.mark.parametrize("action", ["stop", "kill"])
 def test_a_loader_process_that_hangs_or_dies(folder, tmp_path, action):
-    argv = flags(output_dir=tmp_path / "run", data_path=folder, **QUICK)
+    settings = QUICK if action == "stop" else SETTINGS
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **settings)
     program = Program(
         argv, tmp_path / "log", fault=partial(call_before, "inputs.bad_files:load", harm, action, count=20)
     )
     assert program.wait(60) == 1
     said = [line for line in program.output.splitlines() if line.startswith("error: ")]
     if action == "stop":
-        assert "[rank 0 of 1 on " in said[0] and "nothing happened for 3 s while" in said[0]
+        assert "[rank 0 of 1 on " in said[0] and "nothing happened for 6 s while" in said[0]
         assert "dataloader.py" in said[0]
     else:
         assert "DataLoader worker" in said[0] and "--num_workers" in said[0]

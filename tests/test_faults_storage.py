@@ -39,7 +39,7 @@ class Storage:
     def install(self, patch):
         for name in ("fsync", "replace", "link"):
             patch.setattr(os, name, partial(self.tick, name, getattr(os, name)))
-        patch.setattr(os, "open", partial(self.tick, "os.open", os.open))
+        patch.setattr(os, "open", self.descriptor(os.open))
         patch.setattr(checkpoints, "open", self.open, raising=False)
         patch.setattr(checkpoints.Path, "unlink", self.unlink(checkpoints.Path.unlink))
 
@@ -52,6 +52,17 @@ class Storage:
         except BaseException:
             file.close()
             raise
+
+    def descriptor(self, original):
+        """Images, too, are read by os.open, which is no writing; folders are opened to be synced."""
+        writes = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_DIRECTORY
+
+        def call(path, flags, *more, **options):
+            if not flags & writes:
+                return original(path, flags, *more, **options)
+            return self.tick("os.open", original, path, flags, *more, **options)
+
+        return call
 
     def unlink(self, original):
         return lambda path, missing_ok=False: self.tick("unlink", original, path, missing_ok)

@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from conftest import checkpoint_fields
 
 from models import checkpoints, create_model, graphs
 from models.export import main
@@ -18,18 +19,13 @@ def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
     model, average = (create_model("test_vit", 3, 64) for _ in range(2))
     settings = {"model": "test_vit", "model_args": None, "input_size": 64, "eval_size": None, "num_classes": None}
-    content = {
-        "model": model.state_dict(),
-        "model_ema": average.state_dict(),
-        "optimizer": {},
-        "scaler": {},
-        "step": 7,
-        "epoch": 1,
-        "best": {},
-        "meters": {},
-        "config": {**settings, "crop_pct": 0.9},
-        "classes": ["ant", "bee", "cat"],
-    }
+    content = checkpoint_fields(
+        model=model.state_dict(),
+        model_ema=average.state_dict(),
+        step=7,
+        config={**settings, "crop_pct": 0.9},
+        classes=["ant", "bee", "cat"],
+    )
     path = tmp_path_factory.mktemp("graphs") / "checkpoint-last.pth"
     checkpoints.save(path, content)
     return path

@@ -124,8 +124,3 @@ def test_no_good_image_at_all(tmp_path):
     (tmp_path / "train/a/1.jpg").write_bytes(b"x")
     with pytest.raises(BadImage, match="in a row"):
         Samples(FolderIndex(tmp_path / "train"), BadFiles(1.0))[0]
-
-
-def test_the_budget_is_a_share():
-    with pytest.raises(ValueError, match="--max_bad"):
-        BadFiles(1.5)

@@ -99,9 +99,10 @@ def test_class_folders_inside_one_archive(tmp_path):
     assert index.classes == ["a", "b"] and index.labels().tolist() == [1, 1, 1, 0, 0, 0]
 
 
-def test_the_index_is_reused_pickled_and_renewed(shards):
+def test_the_index_is_reused_pickled_and_renewed(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     index = TarIndex(shards)
-    place = next(shards.glob(INDEX_NAME + "*"))
+    place = next((tmp_path / "xdg").rglob("*" + INDEX_NAME + "*tar"))
     written = place.stat().st_mtime_ns
     assert TarIndex(shards).read(3) == index.read(3) and place.stat().st_mtime_ns == written
     assert pickle.loads(pickle.dumps(index)).read(5) == index.read(5)

@@ -14,7 +14,7 @@ from training.logs import Progress, RunLog, duration_text, progress_line, read_l
 
 
 def record(step, **more):
-    return {"epoch": step, "step": step, "train_loss": 1.5, **more}
+    return {"epoch": step, "step": step, "progress": step / 100, "train_loss": 1.5, **more}
 
 
 def steps(folder):
@@ -49,6 +49,7 @@ def test_records_and_curves(tmp_path):
     assert curves(tmp_path) == {
         "train/loss": [(1, 2.0), (4, 1.0)],
         "epoch/epoch": [(3, 3.0), (6, 6.0)],
+        "epoch/progress": [(3, pytest.approx(0.03)), (6, pytest.approx(0.06))],
         "epoch/train_loss": [(3, 1.5), (6, 1.5)],
         "epoch/test_acc1": [(3, 50.0)],
     }
@@ -61,14 +62,16 @@ def test_curves_can_be_read_while_the_run_goes_on(tmp_path):
     log.close()
 
 
-@pytest.mark.parametrize("epoch, kept", [(0, []), (3, []), (4, [3]), (6, [3]), (7, [3, 6]), (99, [3, 6, 9])])
-def test_resume_cuts_back_to_the_finished_epochs(tmp_path, epoch, kept):
+@pytest.mark.parametrize(
+    "logged, kept", [(0, []), (0.029, []), (0.03, [3]), (0.059, [3]), (0.06, [3, 6]), (1, [3, 6, 9])]
+)
+def test_resume_cuts_back_to_the_finished_passes(tmp_path, logged, kept):
     log = RunLog(tmp_path, 0, 0)
     for number in (3, 6, 9):
         log.epoch(record(number))
     with open(tmp_path / "log.txt", "a") as file:
         file.write('{"epoch": 12, "st')
-    RunLog(tmp_path, 0, epoch).close()
+    RunLog(tmp_path, 0, logged).close()
     assert steps(tmp_path) == kept
     assert (tmp_path / "log.txt").read_text().count("\n") == len(kept)
 
@@ -93,6 +96,38 @@ class FullDisk:
         written = self.original(handle, content[: self.room])
         self.room -= written
         return written
+
+
+def test_what_could_not_be_written_comes_from_the_checkpoint(tmp_path, monkeypatch):
+    log = RunLog(tmp_path, 0, 0)
+    log.epoch(record(1))
+    monkeypatch.setattr(logs.os, "write", FullDisk(0))
+    log.epoch(record(2))
+    unwritten = log.waiting  # is kept in the checkpoint, and then comes a kill
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1]
+    RunLog(tmp_path, 2, 0.02, unwritten).close()
+    assert steps(tmp_path) == [1, 2]
+    RunLog(tmp_path, 2, 0.02, unwritten).close()  # of an older checkpoint: the line is there already
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\x00\xff\xfe", b"{", b"[1]", b'{"progress": "x"}', b'{"progress": NaN}', b"[" * 9999]
+)
+def test_a_damaged_line_costs_that_line_only(tmp_path, capsys, damage):
+    log = RunLog(tmp_path, 0, 0)
+    for number in (1, 2, 3):
+        log.epoch(record(number))
+    lines = (tmp_path / "log.txt").read_bytes().splitlines(keepends=True)
+    (tmp_path / "log.txt").write_bytes(lines[0] + damage + b"\n" + lines[2])
+    assert steps(tmp_path) == [1, 3]
+    assert "log.txt line 2 is damaged and passed over" in capsys.readouterr().err
+    RunLog(tmp_path, 3, 0.03).close()
+    assert "has 1 damaged lines" in capsys.readouterr().out
+    assert (tmp_path / "log.txt").read_bytes() == lines[0] + damage + b"\n" + lines[2]
+    RunLog(tmp_path, 1, 0.01).close()
+    assert steps(tmp_path) == [1] and damage in (tmp_path / "log.txt").read_bytes()
 
 
 @pytest.mark.parametrize("room", [0, 1, 30])

@@ -195,7 +195,7 @@ def test_resizing_floats_equals_pil_on_floats(mode):
     np.testing.assert_allclose(out[0].numpy(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", operators.MODES)
+@pytest.mark.parametrize("mode", operators.OPERATORS)
 def test_every_mode_takes_every_shape_and_type(mode):
     x = (random_images(2, 4, 3, 20, 26).sigmoid() * 255).float()
     out = downsample(x, 12, mode)

@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from shutil import copy, copytree, ignore_patterns
@@ -248,3 +249,54 @@ def test_wrapped_models_whose_parameters_change_are_refused():
 def test_a_size_that_the_model_cannot_take_is_named_at_once():
     with pytest.raises(ValueError, match="input size 48"):
         LiveCurriculum(PLAN, create_model("tests.sized_models:picky", 3, 64))
+
+
+def compiled_before(model, compile):
+    model = compile(model)
+    return model, LiveCurriculum(PLAN, model)
+
+
+def compiled_after(model, compile):
+    live = LiveCurriculum(PLAN, model)
+    return compile(model), live
+
+
+def compiled_in_place(model, compile):
+    model.compile(backend=compile.keywords["backend"], dynamic=False)
+    return model, LiveCurriculum(PLAN, model)
+
+
+def count_graphs(way, name="test_resnet"):
+    """(graphs that were compiled, the curriculum) of six training steps, two at each of three sizes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    called, live = way(create_model(name, 3, 64), partial(torch.compile, backend=backend, dynamic=False))
+    for stage in PLAN.stages:
+        for step in (stage.first_step, stage.first_step + 1):
+            live.start_step(step)
+            called(torch.rand(2, 3, 64, 64)).sum().backward()
+    assert live.seen == {32: 4, 48: 4, 64: 4}
+    return len(graphs), live
+
+
+@pytest.mark.parametrize("way", [compiled_before, compiled_after, compiled_in_place])
+def test_a_compiled_model_has_as_many_graphs_as_sizes(way):
+    assert count_graphs(way)[0] == 3
+
+
+def test_compiled_a_hook_inside_the_graph_is_noticed(monkeypatch):
+    """The negative control: what counts images is traced, and each count makes a graph."""
+    from curriculum import live
+
+    monkeypatch.setattr(live._Hook, "__call__", lambda hook, *args: hook.live and hook.live.reduce(*args))
+    assert count_graphs(compiled_after)[0] > 3
+
+
+def test_a_compiled_transformer_is_reduced_and_resized():
+    graphs, live = count_graphs(compiled_after, "test_vit")
+    assert graphs == 3 and live.input_size == 64

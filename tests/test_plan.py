@@ -125,6 +125,22 @@ def test_weight_decay():
     rising = build_plan("none", epochs=3, num_images=100, batch_size=10, weight_decay=0.04, weight_decay_end=0.4)
     values = [rising.weight_decay_at(step) for step in range(31)]
     assert values[0] == pytest.approx(0.04) and values[15] == pytest.approx(0.22) and values[30] == pytest.approx(0.4)
+    assert values[10] == pytest.approx(0.13) and values[20] == pytest.approx(0.31)  # a line has 0.16 and 0.28
+
+
+def test_a_plan_is_shown_in_a_few_lines():
+    plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
+    lines = repr(plan).splitlines()
+    assert len(lines) == 4 and str(plan) == repr(plan)
+    assert lines[0] == "Plan: efficienttrain++, 200 epochs at base size 224, 1,281,167 images, 141,827 steps"
+    assert lines[1].startswith("  B 96: 217.8 passes, 67,946 steps of 4,096 images")
+
+
+def test_table_and_summary_of_a_plan_by_default():
+    plan = build_plan("efficienttrain++", epochs=200, num_images=1281167, batch_size=4096)
+    assert table(plan) == table(summarize(plan)) == table(summarize(plan, 300), 300)
+    assert "less compute than 300 ordinary epochs: 1.50x by pixels" in table(plan)
+    assert "less compute than 600 ordinary epochs: 3.00x by pixels" in table(plan, 600)
 
 
 BUDGETS = [1, 2, 2.5, 7, 30]

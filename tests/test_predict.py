@@ -11,6 +11,8 @@ from inputs.finish import Finish
 from inputs.transforms import EvalTransform
 from models import create_model
 
+OWN = ("--model", "tests.tiny_models:convnet")  # which no file may name
+
 
 @pytest.fixture(scope="module")
 def checkpoint(folder, main_program, tmp_path_factory):
@@ -40,7 +42,9 @@ def predict(main_program, checkpoint, capsys):
 
     def call(where, *words, resume=checkpoint.output / "checkpoint-last.pth"):
         capsys.readouterr()
-        code = main_program(["--predict", str(where), "--resume", str(resume), "--device", "cpu", *map(str, words)])
+        code = main_program(
+            ["--predict", str(where), "--resume", str(resume), "--device", "cpu", *OWN, *map(str, words)]
+        )
         out, err = capsys.readouterr()
         return code, [json.loads(line) for line in out.splitlines()], err
 

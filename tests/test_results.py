@@ -10,6 +10,7 @@ import yaml
 from conftest import ROOT, script
 
 from config import Config
+from training.logs import duration_text
 
 results = script("results")
 
@@ -26,11 +27,15 @@ def make(tmp_path):
         settings = {"model": "swin_tiny", "curriculum": curriculum, "output_dir": str(path), **settings}
         config = json.loads(json.dumps(asdict(Config(**settings))))
         (path / "config.yaml").write_text(yaml.safe_dump(config))
-        stages = [{}] if curriculum == "none" else [{}, {}, {}]
+        of_stage = {"input_size": 224, "passes": 1.0, "steps": 3, "images": 24, "magnitude": [0.0, 9.0]}
+        of_stage |= {"batch_size": 8, "compute": 1.0, "forward_passes": None, "forward_batch": None}
+        stages = [of_stage] * (1 if curriculum == "none" else 3)
         total = {"speedup_flops": speedup, "speedup_pixels": 1.5, "equivalent_epochs": 200.0}
+        total |= {"steps": 9, "params": None, "flops": None}
         plan = {"curriculum": curriculum, "base_size": 224, "epochs": 200, "stages": stages, "total": total}
         (path / "plan.json").write_text(json.dumps(plan))
-        record = {"step": 9, "progress": progress, "seconds": seconds / 2, "test_acc1": top1}
+        record = {"step": 9, "progress": progress, "seconds": seconds / 2, "test_acc1": top1, "epoch": 1, "images": 8}
+        record |= {"equivalent_epochs": 1.0, "train_loss": 1.0, "images_per_s": 10.0}
         (path / "log.txt").write_text("".join(json.dumps(r) + "\n" for r in ({**record, "progress": 0.5}, record)))
         (path / "environment.json").write_text(json.dumps({"devices": devices}))
         return path
@@ -51,10 +56,10 @@ def test_seeds_are_one_line_beside_the_papers(make):
     make("base/elsewhere", 81.3, 90000, "none", 1.0, seed=1, devices="1 x CPU", rows=["pp.t7.swin_tiny.baseline"])
     table = {line["row"]: line for line in lines_of(root)}
     line = table["pp.t7.swin_tiny"]
-    assert (line["table"], line["runs"], line["top-1"]) == ("++ Table 7", "3", "81.60 ± 0.20")
+    assert (line["table"], line["runs"], line["top-1"]) == ("++ Table 7", "3", "81.60 +- 0.20")
     assert (line["theirs"], line["difference"]) == ("81.6", "+0.00")
     assert (line["less compute"], line["theirs "]) == ("1.52x", "1.51x")
-    assert (line["less time"], line["theirs  "]) == ("1.50 ± 0.00x", "1.49x")  # against the run on as many devices
+    assert (line["less time"], line["theirs  "]) == ("1.50 +- 0.00x", "1.49x")  # against the run on as many devices
     assert line["training time"] == "1:00:00"
     assert table["pp.f7.swin_tiny.200"]["table"] == "++ Fig. 7"
     assert table["pp.t7.swin_tiny.baseline"]["runs"] == "2" and table["pp.t7.swin_tiny.baseline"]["less time"] == ""
@@ -78,12 +83,15 @@ def test_files(make, tmp_path, capsys):
     assert results.main([str(tmp_path / "runs"), "--output", str(tmp_path / "an out")]) == 0
     printed = capsys.readouterr()
     assert "unfinished: not finished" in printed.err
-    assert (tmp_path / "an out" / "results.md").read_text() + "\n" == printed.out
+    assert printed.out.startswith((tmp_path / "an out" / "results.md").read_text() + "\n")
     assert "## ++ Table 7" in printed.out and "| pp.t7.swin_tiny | swin_tiny |" in printed.out
     (row,) = csv.DictReader((tmp_path / "an out" / "results.csv").open())
     assert (row["top-1"], row["top-1, theirs"], row["less compute, theirs"]) == ("80.50", "81.6", "1.51x")
-    for name in ("compute.svg", "time.svg"):
-        ElementTree.fromstring((tmp_path / "an out" / name).read_text())
+    for name in ("compute", "time"):
+        drawn = (tmp_path / "an out" / f"{name}.svg").read_text()
+        ElementTree.fromstring(drawn)
+        assert "swin_tiny efficienttrain++" in drawn and f"Accuracy against {name}" in drawn
+        assert (tmp_path / "an out" / f"{name}.png").stat().st_size > 1000
 
 
 def test_nothing_to_collect(make, tmp_path, capsys):
@@ -93,5 +101,12 @@ def test_nothing_to_collect(make, tmp_path, capsys):
 
 
 def test_a_real_run(train, capsys):
-    assert results.main([str(train(epochs=1).output)]) == 0
-    assert "## Other runs" in capsys.readouterr().out
+    """Its line says what its own files say."""
+    run = train(epochs=1)
+    assert results.main([str(run.output)]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in printed[-1 if printed[-1] else -2].strip("|").split("|")]
+    log, total = run.log(), json.loads((run.output / "plan.json").read_text())["total"]
+    assert cells[:6] == ["", "tests.tiny_models:convnet", "efficienttrain++", "1", "1", f"{log[-1]['test_acc1']:.2f}"]
+    assert f"{total['speedup_flops'] or total['speedup_pixels']:.2f}x" in cells
+    assert cells[-1] == duration_text(sum(record["seconds"] for record in log))

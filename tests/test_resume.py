@@ -1,6 +1,8 @@
 """A run that is killed and started again ends bit-identical to one that was not, around a stage boundary too."""
 
+import gc
 import signal
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from processes import Program, kill_after_epoch, kill_after_step
 
 from curriculum import build_plan
 from models import checkpoints
+from training import session
 
 # A Transformer, whose weights, moments and moving average change shape at the boundary; everything random is on.
 SETTINGS = {
@@ -157,3 +160,28 @@ def test_the_command_with_resume_goes_on_from_what_it_has_done(folder, tmp_path,
         said = capsys.readouterr().out
         assert f"{source}/checkpoint-" in said.splitlines()[0] and f"step {step}" in said.splitlines()[0]
     assert same(Run(tmp_path / "second").result()["state"], Run(tmp_path / "first").result()["state"])
+
+
+def test_the_checkpoint_is_not_kept_in_memory(train, monkeypatch):
+    """It is as large as the model with its moments; after a resume nothing refers to it."""
+
+    class Payload(dict):
+        """A dictionary to which there can be weak references."""
+
+    train(stop_after="4 steps", **SETTINGS)
+    load, after_step, loaded, alive = checkpoints.load, session.Session.after_step, [], []
+
+    def weakly(path):
+        payload = Payload(load(path))
+        loaded.append(weakref.ref(payload))
+        return payload
+
+    def look(self, lr, images):
+        gc.collect()
+        alive.append(sum(reference() is not None for reference in loaded))
+        return after_step(self, lr, images)
+
+    monkeypatch.setattr(checkpoints, "load", weakly)
+    monkeypatch.setattr(session.Session, "after_step", look)
+    train(stop_after="6 steps", **SETTINGS)
+    assert loaded and alive == [0, 0]

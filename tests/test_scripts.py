@@ -21,6 +21,7 @@ case "$*" in
 "-m venv --clear "*) mkdir -p "$4/bin" && cp "$0" "$4/bin/python" && cp "$TORCHRUN" "$4/bin/torchrun"; exit ;;
 "-m pip install"*) exit "${{PIP_EXIT:-0}}" ;;
 "-m "*) exit ;;
+*"/scripts/launch.py "*) shift && exec "$TORCHRUN" "$@" ;;
 *device_count*) echo "${{DEVICES:-1}}"; exit ;;
 esac
 exec "{sys.executable}" "$@"
@@ -256,13 +257,8 @@ def test_shell_scripts_pass_shellcheck(script):
 
 # --- requirements.txt
 
-IMPORT_NAMES = {
-    "scikit-learn": "sklearn",
-    "pillow": "PIL",
-    "opencv-python-headless": "cv2",
-    "pyyaml": "yaml",
-    "scikit-image": "skimage",
-}
+IMPORT_NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-image": "skimage"}
+IMPORT_NAMES |= {"docstring-parser": "docstring_parser", "scikit-learn": "sklearn"}
 NOT_IMPORTED = {"six", "ruff", "pytest-xdist"}
 NOT_IMPORTED |= {"scikit-image", "matplotlib", "scipy", "onnx", "onnxscript", "onnxruntime"}  # used inside functions
 
@@ -326,7 +322,7 @@ def test_bench_crop_ends_with_its_ratios(capsys, monkeypatch):
 @pytest.mark.extended
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_the_launcher_saves_and_stops_the_run(folder, tmp_path, number):
-    """For real: scripts/train.sh becomes torchrun, which passes the signal on to two workers."""
+    """For real: scripts/train.sh becomes a torchrun, which passes the signal on to two workers."""
     recipe = tmp_path / "tiny.yaml"
     recipe.write_text("".join(f"{key}: {value}\n" for key, value in {**TINY, "epochs": 2000}.items()))
     output = tmp_path / "out"

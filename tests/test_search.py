@@ -29,7 +29,7 @@ class Play:
             return STOPPED
         self.seen.append(trial)
         (folder / "checkpoint-last.pth").touch()
-        (folder / "log.txt").write_text(json.dumps({"test_acc1": self.score(trial.config)}) + "\n")
+        (folder / "log.txt").write_text(json.dumps({"progress": 1.0, "test_acc1": self.score(trial.config)}) + "\n")
         return 0
 
 
@@ -158,7 +158,19 @@ def test_real_trials_go_on_from_each_other_and_the_recipe(find, tmp_path, in_pro
     path = tmp_path / "search" / "constrained.yaml"
     text = path.read_text()
     assert text.startswith("# Found by python scripts/search.py constrained") and "stage 1, 0-10 % of compute" in text
-    argv = ["--recipe", str(path), "--data_path", str(folder), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    assert "--model tests.tiny_models:convnet" in text  # said, because no file may name a function
+    argv = [
+        "--recipe",
+        str(path),
+        "--model",
+        "tests.tiny_models:convnet",
+        "--data_path",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--device",
+        "cpu",
+    ]
     assert main_program([*argv, "--num_workers", "0", "--epochs", "1"]) == 0
     # Again: nothing is run.
     assert find("constrained", *arguments, launch=Play(None, fail_after=0), epochs=4) == 0
@@ -181,7 +193,9 @@ def in_process(main_program, monkeypatch, capsys):
 
         (folder / "trial.yaml").write_text(to_yaml(trial.config))
         with guard, open(folder / "console.txt", "a") as console, redirect_stdout(console):
-            return main_program(["--recipe", str(folder / "trial.yaml"), "--output_dir", str(folder)])
+            return main_program(
+                ["--recipe", str(folder / "trial.yaml"), "--model", trial.config.model, "--output_dir", str(folder)]
+            )
 
     return call
 

@@ -94,7 +94,7 @@ def test_submission(cluster):
     output = str(cluster.home / "out put")
     assert command[0] == "sbatch"
     for option in ("--job-name=my recipe", "--nodes=4", "--ntasks-per-node=1", "--requeue", "--signal=USR1@60",
-                   "--open-mode=append", f"--output={output}/slurm-%j.log", "--gpus-per-node=2", "--cpus-per-task=16",
+                   "--open-mode=append", f"--output={output}/slurm-%j.log", "--gpus-per-node=2", "--cpus-per-task=18",
                    "--partition=big one", "--time=1:00:00"):  # fmt: skip
         assert option in command
     script = command.index(str(cluster.root / "scripts" / "slurm.sh"))

@@ -29,8 +29,8 @@ from training import session as session_module
 from training import validation
 from training.tasks import Classification
 
-RECORD = ["epoch", "step", "progress", "equivalent_epochs", "input_size", "magnitude", "lr", "train_loss", "images"]
-RECORD += ["images_per_s", "seconds"]
+RECORD = ["epoch", "step", "start", "progress", "equivalent_epochs", "input_size", "magnitude", "lr", "train_loss"]
+RECORD += ["images", "images_per_s", "seconds"]
 SCORES = ["eval_size", "eval_images", "test_loss", "test_acc1", "test_acc5"]
 EMA_SCORES = ["test_loss_ema", "test_acc1_ema", "test_acc5_ema"]
 QUIET = {"mixup": 0, "cutmix": 0, "reprob": 0}  # no mixing or erasing: what a batch does is the sum over its images
@@ -63,7 +63,7 @@ def test_output_folder(train, main_program, folder, plan, capsys):
     names = {path.name for path in run.output.iterdir()}
     checkpoints = {"checkpoint-last.pth", "checkpoint-best.pth", f"checkpoint-{plan.total_steps}.pth"}
     report = {"report.html", "plan.svg", "environment.json", "samples"}
-    assert names == {"config.yaml", "plan.json", "log.txt", "tensorboard", *checkpoints, *report}
+    assert names == {"config.yaml", "plan.json", "log.txt", "tensorboard", "run.lock", *checkpoints, *report}
     assert list((run.output / "tensorboard").iterdir())
 
     records = run.log()

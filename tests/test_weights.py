@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import torchvision
+from conftest import checkpoint_fields
 from huggingface_hub.utils import EntryNotFoundError
 from reference import filled, golden, logit_error, official_shapes
 from safetensors.torch import save_file
@@ -62,7 +63,7 @@ def saved(path, content):
 
 
 def ours(path, model, ema=None):
-    checkpoints.save(path, {**dict.fromkeys(checkpoints.KEYS), "model": model, "model_ema": ema, "step": 1})
+    checkpoints.save(path, checkpoint_fields(model=model, model_ema=ema, step=1))
 
 
 def deit(**kwargs):
@@ -333,7 +334,7 @@ def test_urls_and_the_hub(tmp_path, monkeypatch):
     source = saved(tmp_path / "w.pth", {"model": model.state_dict()})
     load_weights(other := deit(), source.as_uri())
     assert torch.equal(other.head.weight, model.head.weight)
-    assert (tmp_path / "cache/hub/checkpoints/w.pth").exists()
+    assert len(list((tmp_path / "cache/hub/checkpoints").glob("*-w.pth"))) == 1
     with pytest.raises(ValueError, match="cannot be downloaded"):
         load_weights(deit(), (tmp_path / "gone.pth").as_uri())
 
@@ -351,6 +352,7 @@ def test_urls_and_the_hub(tmp_path, monkeypatch):
     assert asked == [
         ("someone/model", "model.safetensors", "v2"),
         ("someone/model", "pytorch_model.bin", "v2"),
+        ("someone/model", "config.json", "v2"),  # which says how images were normalised
         ("someone/model", "sub/file.pth", None),
     ]
     with pytest.raises(ValueError, match=r"hf_hub:someone/model/model.safetensors: cannot be downloaded \(404\)"):

@@ -16,7 +16,7 @@ from datasets import Source, TrainSet, training_batches
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
-from inputs.finish import Finish
+from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
@@ -103,13 +103,23 @@ def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> 
         )
 
 
+def evaluated_passes(plan: Plan, interval: str | float) -> list[int]:
+    """Indices of the passes that end with an evaluation: those in which the interval elapses, and the last."""
+    due = (record for record in plan if plan.due(interval, record.first_step + record.steps, since=record.first_step))
+    return sorted({record.index for record in due} | {len(plan) - 1})
+
+
 def make_batches(
     config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
-    on_device = DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
-    data = make_train_set(config, plan, source)
-    return training_batches(data, sampler, device, config.num_workers, on_device, config.replay_memory * 1e9)
+    data, augment = make_train_set(config, plan, source), make_augment(config, plan)
+    return training_batches(data, sampler, device, config.num_workers, augment, config.replay_memory * 1e9)
+
+
+def make_augment(config: Config, plan: Plan) -> DeviceAugment | None:
+    """What augments batches on the device, if it does not happen in the loader's workers."""
+    return DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
 
 
 def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
@@ -119,7 +129,10 @@ def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
         plan.operator,
         RandAugment(),
         scale=config.crop_scale,
+        ratio=config.crop_ratio,
         flip=config.hflip,
+        color_jitter=config.color_jitter,
+        interpolation=config.train_interpolation,
         pipeline=config.pipeline,
     )
     return TrainSet(
@@ -159,6 +172,8 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
     return Finish(
         num_classes=num_classes,
+        mean=config.mean or IMAGENET_MEAN,
+        std=config.std or IMAGENET_STD,
         operator=operator,
         base_size=config.input_size,
         erasing=config.reprob,

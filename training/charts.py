@@ -1,4 +1,4 @@
-"""Line charts as SVG text: for the plan's picture, the run report and the results. No plotting library, no network."""
+"""Line charts as SVG text: for the plan's picture and the run report. No plotting library, no network."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ FONT = 'font-family="system-ui, sans-serif"'
 
 @dataclass(frozen=True)
 class Series:
-    """One line (or, with ``dots``, the points alone) of a chart. ``points`` are (x, y); ``names`` say what each is."""
+    """One line of a chart. ``points`` are (x, y)."""
 
     name: str
     points: list[tuple[float, float]]
-    dots: bool = False
-    names: list[str] | None = None
 
 
 def chart(
@@ -84,14 +82,14 @@ def chart(
     for index, (one, points) in enumerate(drawn):
         colour = COLOURS[index % len(COLOURS)]
         places = [at(x, y) for x, y in points]
-        if len(places) > 1 and not one.dots:
+        if len(places) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
             parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>')
-        if one.dots or len(places) < 40:
+        if len(places) < 40:
             for number_, (x, y) in enumerate(places):
-                label = one.names[number_] if one.names else f"{number(points[number_][0])}: {points[number_][1]:.5g}"
+                label = f"{number(points[number_][0])}: {points[number_][1]:.5g}"
                 parts.append(
-                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{4 if one.dots else 2.5}" fill="{colour}">'
+                    f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}">'
                     f"<title>{escape(one.name)} {escape(label)}</title></circle>"
                 )
     if len(series) > 1:

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict
+import json
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 
-from config import Config
-from config.checks import PARTS
+from config import Config, plain
+from config.checks import parse_parts
+from config.kinds import named
 from curriculum import Plan, Segment
 from datasets import Source
 
-OPTIMIZER = ("opt", "opt_eps", "opt_betas", "momentum", "layer_decay")  # what its saved state holds or rests on
-MAE = ("task", "mae_target", "mask_ratio", "decoder")
+OPTIMIZER = tuple(named(Config, "optimizer"))
+MAE = ("task", "mae_target", "decoder")
+SETTINGS_OF_LATER = ("mask_ratio",)  # in the identity of earlier checkpoints, and compared as the setting that it is
+# Settings that are compared by what came of them.
+IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE)
 SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 
 
-def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[str, Any]:
-    """Plain types; the keys are PARTS, which ``--allow_change`` names."""
+def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes: int) -> dict[str, Any]:
+    """Plain types: what settings led to, and must not differ on a resume. ``sources``: training and validation set."""
     curriculum = asdict(plan.curriculum)
     curriculum["stages"] = [_segment(stage) for stage in plan.curriculum.stages]
     curriculum.update(
@@ -33,18 +38,23 @@ def identify(config: Config, plan: Plan, source: Source, classes: int) -> dict[s
     if config.task == "multilabel":
         task = {"task": config.task}
     return {
-        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **_plain(task)},
-        "data": {"images": len(source), "classes": len(source.classes), "fingerprint": fingerprint(source)},
-        "curriculum": _plain(curriculum),
+        "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
+        "data": _data(sources[0]),
+        "validation": _data(sources[1]),
+        "curriculum": plain(curriculum),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "optimizer": _plain({key: getattr(config, key) for key in OPTIMIZER}),
+        "optimizer": plain({key: getattr(config, key) for key in OPTIMIZER}),
     }
 
 
 def _segment(stage: Segment) -> str:
     filtered = "" if stage.radius is None else f", low-pass {stage.radius:g}"
     return f"{stage.input_size} until {stage.until:g}{filtered}" + f", mixing x {stage.mixing:g}" * (stage.mixing != 1)
+
+
+def _data(source: Source) -> dict[str, Any]:
+    return {"images": len(source), "classes": len(source.classes), "fingerprint": fingerprint(source)}
 
 
 def fingerprint(source: Source) -> str:
@@ -61,26 +71,89 @@ def fingerprint(source: Source) -> str:
     return sha.hexdigest()[:16]
 
 
-def check_same_run(saved: dict[str, Any] | None, now: dict[str, Any], allowed: list[str], where: str) -> None:
-    """Compares a checkpoint's identity with this run's.
+@dataclass(frozen=True)
+class Difference:
+    """Something in which a run differs from the checkpoint that it resumes: what ``--allow_change`` calls it (the
+    first name is what messages suggest), in words, and whether it makes another plan."""
+
+    names: tuple[str, ...]
+    text: str
+    replans: bool = False
+
+
+def check_same_run(
+    saved: dict[str, Any], config: Config, now: dict[str, Any], where: str, is_main: bool = True
+) -> list[Difference]:
+    """Compares a checkpoint with this run: settings by their kinds, data and plans by what came of them.
+
+    Prints which circumstances differ.
 
     Args:
-        saved: None for a checkpoint of format 1, which has none.
-        allowed: parts that may differ.
+        saved: the checkpoint.
+        now: this run's identity.
         where: the checkpoint, for messages.
+
+    Returns:
+        What differs and is allowed to.
 
     Raises:
         ValueError: they differ in what is not allowed to; lists the differences.
     """
-    if saved is None:
-        return
-    refused = [name for name in PARTS if saved.get(name) != now[name] and name not in allowed]
+    found = differences(saved, config, now)
+    allowed = parse_parts(config.allow_change)
+    refused = [difference for difference in found if not {*difference.names} & {*allowed}]
     if refused:
-        differences = "; ".join(line for name in refused for line in _differences(saved.get(name), now[name], name))
-        raise ValueError(
-            f"{where} is of another run: {differences}. Choose another --output_dir to start anew, go back to the "
-            f"settings of then, or go on regardless with --allow_change {','.join(refused)}"
-        )
+        names = list(dict.fromkeys(difference.names[0] for difference in refused if difference.names[0] != "model"))
+        ways = ["go back to the settings of then", "choose another --output_dir to start anew"]
+        if any(difference.names[0] == "model" for difference in refused):
+            ways.append("start another model from these weights with --finetune")
+        else:
+            ways.append(f"go on regardless with --allow_change {','.join(names)}")
+        listed = "; ".join(difference.text for difference in refused)
+        raise ValueError(f"{where} is of another run: {listed}. {', '.join(ways[:-1]).capitalize()}, or {ways[-1]}")
+    noted = _settings(saved["config"], config, *named(Config, "free"))
+    if noted and is_main:
+        print(f"settings that differ from the checkpoint's: {'; '.join(text for _, text in noted)}", flush=True)
+    return found
+
+
+def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> list[Difference]:
+    """All in which a checkpoint's run differs from this one, but for circumstances.
+
+    A checkpoint of an earlier version is compared in what it says: format 1 has no identity, and a setting that it did
+    not know counts as equal.
+    """
+    found = []
+    for part, before in (saved["identity"] or {}).items():
+        for key, text in _compared(before, now.get(part), part):
+            narrower = {"stages": "input_size", "base_size": "input_size", "classes": "num_classes"}.get(key, key)
+            names = dict.fromkeys(("data" if part == "validation" else part, narrower))
+            found.append(Difference(tuple(names), text, part in ("data", "curriculum", "batch_size")))
+    covered = () if saved["identity"] is None else IN_IDENTITY
+    wanted = [name for name in named(Config, "learned", "model") if name not in covered]
+    for name, text in _settings(saved["config"], config, *wanted):
+        found.append(Difference(("model" if name in named(Config, "model") else name,), text))
+    return found
+
+
+def _settings(before: dict[str, Any], config: Config, *names: str) -> list[tuple[str, str]]:
+    now = json.loads(json.dumps(asdict(config)))
+    names = [name for name in names if name in before and before[name] != now[name]]
+    # How a run was started is not what it is; what is not stated of these is the run's (main.prepare).
+    unstated = [name for name in ("micro_batch", "forward_batch", "mean", "std") if now[name] in (None, "auto")]
+    return [
+        (name, f"{name} was {_short(before[name])} and is {_short(now[name])}")
+        for name in names
+        if name not in (*unstated, "allow_change", "resume", "auto_resume")
+    ]
+
+
+def _compared(before: Any, now: Any, name: str) -> list[tuple[str, str]]:
+    """(key, difference in words) of a part; the key is the part's own name if it has no keys."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [key for key in {**before, **now} if before.get(key) != now.get(key) and key not in SETTINGS_OF_LATER]
+        return [(key, text) for key in keys for text in _differences(before.get(key), now.get(key), f"{name} {key}")]
+    return [(name, text) for text in _differences(before, now, name)] if before != now else []
 
 
 def _differences(before: Any, now: Any, name: str) -> list[str]:
@@ -93,10 +166,3 @@ def _differences(before: Any, now: Any, name: str) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, as a checkpoint's neighbours in JSON have them."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

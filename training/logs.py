@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import resource
+import statistics
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,11 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import image, scalar
 
+from config.files import read_bytes
 from curriculum import Pass, Plan
 from utils import write_text
+
+ROUNDING = 1e-9  # progress that rounding may add
 
 
 class RunLog:
@@ -28,21 +34,36 @@ class RunLog:
 
     Args:
         folder: the output folder.
-        step, epoch: optimizer steps and epochs done: on resume, later records are cut away; they will come again.
+        step: optimizer steps done.
+        logged: progress up to which records stay; on resume, later ones are cut away, for they will come again.
+        unwritten: lines that the run before could not write, from its checkpoint.
     """
 
-    def __init__(self, folder: Path | None, step: int, epoch: int) -> None:
+    def __init__(self, folder: Path | None, step: int, logged: float, unwritten: str = "") -> None:
         self.path = folder / "log.txt" if folder else None
         self.waiting = ""
         self.board = None
         if folder is None:
             return
-        self._cut(epoch)
+        self._cut(logged, unwritten)
         self.board = Board(folder / "tensorboard", step)
 
-    def _cut(self, epoch: int) -> None:
-        records = read_log(self.path) if self.path.exists() else []
-        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records if record["epoch"] < epoch))
+    def _cut(self, logged: float, unwritten: str) -> None:
+        """A damaged line stays where it is; the piece that a kill left of the last one is the start of one to come."""
+        before = read_bytes(self.path) if self.path.exists() else b""
+        lines = before.decode("utf-8", "surrogateescape").splitlines(keepends=True)
+        records = [parse_record(line) for line in lines]
+        if lines and records[-1] is None and not lines[-1].endswith("\n"):
+            del lines[-1]
+        kept = [
+            line for line, record in zip(lines, records) if record is None or record["progress"] <= logged + ROUNDING
+        ]
+        if damaged := sum(parse_record(line) is None for line in kept):
+            print(f"warning: {self.path} has {damaged} damaged lines; they are kept, and passed over", flush=True)
+        kept += [line for line in unwritten.splitlines(keepends=True) if line not in kept]
+        after = "".join(kept).encode("utf-8", "surrogateescape")
+        if after != before:
+            write_text(self.path, "".join(kept))
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Appends one epoch's record and draws its numbers."""
@@ -52,7 +73,11 @@ class RunLog:
         try:
             self._write_waiting()
         except OSError as error:
-            print(f"warning: {self.path} cannot be written ({error.strerror}); tried again with the next", flush=True)
+            print(
+                f"warning: {self.path} cannot be written ({error.strerror}); its records are kept in the checkpoints, "
+                "and written with the next",
+                flush=True,
+            )
         numbers = {key: value for key, value in record.items() if isinstance(value, float | int) and key != "step"}
         self.board.draw(record["step"], {f"epoch/{key}": value for key, value in numbers.items()})
 
@@ -100,7 +125,7 @@ class Board:
             # Of the run before, TensorBoard hides what comes after the checkpoint.
             self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
             self.writer.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # its ValueError is a path that protobuf cannot hold
             self._give_up(error)
 
     def draw(self, step: int, scalars: dict[str, float]) -> None:
@@ -113,29 +138,36 @@ class Board:
             for summary in summaries:
                 self._write(Event(step=step, summary=summary))
             self.writer.flush()
-        except OSError as error:
+        except (OSError, ValueError) as error:
             self._give_up(error)
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
         self.writer.write_event(event)
 
-    def _give_up(self, error: OSError) -> None:
-        print(
-            f"warning: no more TensorBoard curves from here on ({error.strerror}); log.txt has the numbers", flush=True
-        )
+    def _give_up(self, error: OSError | ValueError) -> None:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        print(f"warning: no more TensorBoard curves from here on ({reason}); log.txt has the numbers", flush=True)
         self.writer = None
 
 
+def parse_record(line: str) -> dict[str, Any] | None:
+    """A line of log.txt; None for a damaged one."""
+    try:
+        record = json.loads(line)
+        return record if isinstance(record, dict) and math.isfinite(record["progress"]) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.txt; a last line that a kill cut short is left out."""
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    """The records of a log.txt. Damaged lines are passed over, and said on standard error."""
+    lines = read_bytes(path).decode("utf-8", "surrogateescape").splitlines()
+    records = [parse_record(line) for line in lines]
+    for number, record in enumerate(records[:-1], 1):  # the last one may be in the making
+        if record is None:
+            print(f"warning: {path} line {number} is damaged and passed over", file=sys.stderr)
+    return [record for record in records if record is not None]
 
 
 class Progress:
@@ -200,6 +232,12 @@ def memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """58.41 +- 0.52: the mean and, of several, the sample's standard deviation."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def duration_text(seconds: float) -> str:

@@ -123,7 +123,10 @@ def snapshot(error: NonFinite, output: Path, sampler: CurriculumSampler, source:
         f"learning rate {sampler.plan.lr_at(step):.2e}); its images are {', '.join(names[:3])}"
         + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     )
-    mend = "lower --lr, set --clip_grad, use --amp bf16 or none, or leave such steps out with --on_nonfinite skip"
+    mend = (
+        "lower --lr, set --clip_grad or use --amp bf16 or none (each with --allow_change lr, clip_grad or amp), or "
+        "skip such steps with --on_nonfinite skip"
+    )
     try:
         folder.mkdir(exist_ok=True)
         found = checkpoints.newest(output)

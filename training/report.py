@@ -11,24 +11,26 @@ import os
 import platform
 import subprocess
 import sys
-from dataclasses import asdict
 from html import escape
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from PIL import Image
 
-from config import Config
+from config import Config, plain
+from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.findings import FINDINGS
 from training.logs import duration_text, read_log
 from training.report_findings import findings_section, table
+from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
+from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
+PICTURE = 1 << 25  # bytes of a picture that the page takes in
 SAMPLES = 8  # images shown of each stage
 # What a task's evaluations are told by: key in the log, name, name with unit, digits.
 SCORES = {
@@ -49,14 +51,14 @@ h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px } h3 
 .worst figcaption { overflow-wrap: anywhere }
 .card { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px }
 .card b { display: block; font-size: 20px } .card span { color: #666; font-size: 13px }
-.grid > svg, .plan > svg { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
+.grid > svg, .plan { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
 .grid > svg { width: 100% }
 table { border-collapse: collapse; background: #fff; border: 1px solid #ddd; font-size: 14px }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums }
 th { color: #666; font-weight: 600 } td.name, th.name { text-align: left }
 figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 }
-img { width: 100%; image-rendering: pixelated }
-img.thumbnail { width: auto; max-width: 160px; image-rendering: auto;
+figure img { width: 100%; image-rendering: pixelated }
+figure img.thumbnail { width: auto; max-width: 160px; image-rendering: auto;
   background: repeating-conic-gradient(#bbb 0% 25%, #fff 0% 50%) 0 0 / 16px 16px }
 details { margin-top: 12px }
 pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto; font-size: 13px }
@@ -123,20 +125,23 @@ def write_report(output: Path) -> Path:
     """Writes ``report.html`` from what lies in the output folder, and returns its path.
 
     Raises:
-        OSError: ``output`` is no output folder: it has no config.yaml or plan.json.
+        OSError: ``output`` is no output folder: it has no config.yaml or plan.json, or they cannot be read.
+        ValueError: they hold something else than a run writes.
     """
-    settings = yaml.safe_load((output / "config.yaml").read_text())
-    plan = json.loads((output / "plan.json").read_text())
+    settings, plan = read_settings(output), read_plan(output)
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
+    check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
+    changes = plan.get("changes", [])
     sections = [
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
         *_validation(output),
-        f'<div class="halves"><section><h2>The plan</h2><div class="plan">{_read(output / "plan.svg")}</div></section>'
+        f'<div class="halves"><section><h2>The plan</h2>{_drawing(output / "plan.svg")}</section>'
         f"<section><h2>What the network saw</h2>{_samples(output, plan)}</section></div>",
+        *(["<h2>Changed on the way</h2>" + table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -148,9 +153,7 @@ def write_report(output: Path) -> Path:
         f"<style>{STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>"
     )
     path = output / "report.html"
-    temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page)
-    os.replace(temporary, path)
+    write_text(path, page)
     return path
 
 
@@ -186,7 +189,7 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     hours = [seconds / 3600 for seconds in accumulate(record["seconds"] for record in records)]
     x = f"compute, epochs at {plan['base_size']}"
 
-    switches = [stage["progress"][0] for stage in plan["stages"][1:]]
+    switches = [stage["progress"][0] for stage in plan["stages"][1:] if "progress" in stage]
     marks = _at_progress(switches, records, compute), _at_progress(switches, records, hours)
 
     def lines(names: dict[str, str], places: list[float] = compute) -> list[Series]:
@@ -228,13 +231,8 @@ def _at_progress(switches: list[float], records: list[dict[str, Any]], places: l
 
 def _validation(output: Path) -> list[str]:
     """What the last evaluation found about classes and images, if it did."""
-    path = output / FINDINGS
-    if not path.exists():
-        return []
-    try:
-        return ["<h2>Validation images</h2>" + findings_section(json.loads(path.read_text(encoding="utf-8")))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"<h2>Validation images</h2><p>{escape(f'{path.name} cannot be read: {error!r}')}</p>"]
+    found = read_findings(output / FINDINGS)
+    return [] if found is None else ["<h2>Validation images</h2>" + findings_section(found)]
 
 
 def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
@@ -294,15 +292,23 @@ def _figure(path: Path, about: str, more: str) -> str:
     """A picture and what it shows; empty if it is not there."""
     if not path.exists():
         return ""
-    data = base64.b64encode(path.read_bytes()).decode()
+    data = base64.b64encode(read_bytes(path, PICTURE)).decode()
     return (
         f'<figure><img alt="{escape(about)}" src="data:image/png;base64,{data}">'
         f"<figcaption>{escape(about)} {escape(more)}</figcaption></figure>"
     )
 
 
+def _drawing(path: Path) -> str:
+    """An SVG as a picture of its own: a browser runs none of the scripts in one, and fetches nothing for it."""
+    if not path.exists():
+        return ""
+    data = base64.b64encode(read_bytes(path, PICTURE)).decode()
+    return f'<img class="plan" alt="the plan" src="data:image/svg+xml;base64,{data}">'
+
+
 def _settings(settings: dict[str, Any]) -> str:
-    defaults = json.loads(json.dumps(asdict(Config())))
+    defaults = plain(Config())
     changed = [
         [key, json.dumps(value), json.dumps(defaults.get(key))]
         for key, value in settings.items()
@@ -312,10 +318,8 @@ def _settings(settings: dict[str, Any]) -> str:
 
 
 def _environment(output: Path) -> str:
-    path = output / "environment.json"
-    known = json.loads(path.read_text()) if path.exists() else {}
-    return table(["", ""], [[key, value] for key, value in known.items()], names=2)
+    return table(["", ""], [[key, value] for key, value in read_environment(output).items()], names=2)
 
 
 def _read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
+    return read_text(path) if path.exists() else ""

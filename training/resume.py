@@ -3,21 +3,24 @@ is written, and what happens when it cannot be."""
 
 from __future__ import annotations
 
-import json
+import bisect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config, UsageError
+from config import Config, UsageError, plain
 from config.checks import parse_interval
-from curriculum import Plan
+from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
 from models.reading import read_weights
+from models.weights import nonfinite
+from training.identity import Difference
+from training.optimizer_state import load_optimizer_state
 from utils import Topology, all_sum, from_main, unwrap
 
 MAX_FAILURES = 3  # failed writes in a row after which a run stops: it would otherwise train on with nothing to keep
@@ -32,6 +35,8 @@ def pack(
     config: Config,
     classes: Sequence[str],
     images: dict[str, Any],
+    history: History,
+    unwritten: str,
 ) -> dict[str, Any]:
     """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
 
@@ -45,6 +50,8 @@ def pack(
         classes: names of the model's outputs.
         images: of the training and the validation images, what tells whether they are others
             (:func:`inputs.views.fingerprint`).
+        history: what was changed on the way.
+        unwritten: lines that log.txt could not take yet.
     """
     model = unwrap(training.model)
     return {
@@ -58,9 +65,14 @@ def pack(
         "best": best,
         "meters": meters,
         "identity": identity,
-        "config": json.loads(json.dumps(asdict(config))),
+        "config": plain(config),
         "classes": list(classes),
         "images": images,
+        "progress": training.plan.progress(training.step),
+        "logged": history.logged(training.plan, unfinished),
+        "trained": trained(training.plan, training.step),
+        "changes": history.changes,
+        "unwritten": unwritten,
     }
 
 
@@ -72,21 +84,122 @@ def restore(state: dict[str, Any], identity: dict[str, Any], training: Training,
     Raises:
         BadCheckpoint: the checkpoint does not fit the parts.
     """
+    for key in ("model", "model_ema"):
+        if bad := nonfinite(state[key] or {}):
+            raise checkpoints.BadCheckpoint(
+                f"the checkpoint of step {state['step']} holds numbers that are not finite, in {key} {bad[0]}: take an "
+                "earlier one"
+            )
     try:
         training.model.load_state_dict(state["model"])
         if training.ema is not None:
             training.ema.module.load_state_dict(state["model_ema"] or state["model"])
         if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
-            training.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer_state(training.optimizer, state["optimizer"])
         if training.scaler.is_enabled() and state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise checkpoints.BadCheckpoint(
             f"the checkpoint of step {state['step']} does not fit these settings: {reason}"
         ) from None
     training.loss.load(state["meters"], is_main)
     training.step = training.sampler.start_step = state["step"]
+
+
+@dataclass(frozen=True)
+class History:
+    """What ``--allow_change`` changed in a run, oldest first: plain types, kept in its checkpoints.
+
+    Each change says the optimizer ``step`` from which it holds, the ``progress`` there, the progress up to which
+    log.txt has ``logged`` passes of before, ``what`` changed, in words, and whether that made another plan
+    (``replanned``), whose step it is then.
+    """
+
+    changes: list[dict[str, Any]]
+
+    @property
+    def replanned(self) -> dict[str, Any] | None:
+        """The change that led to the present plan; None: the run began with it."""
+        return next((change for change in reversed(self.changes) if change["replanned"]), None)
+
+    def logged(self, plan: Plan, unfinished: int) -> float:
+        """Progress at the start of pass ``unfinished``: up to there log.txt has its record of every pass."""
+        if unfinished == len(plan):
+            return 1.0
+        record, change = plan.records[unfinished], self.replanned
+        inside = change and record.first_step <= change["step"] < record.first_step + record.steps
+        return change["logged"] if inside else record.start
+
+    def first_step(self, record: Pass) -> int:
+        """Optimizer step with which a pass began: not its first where a change led into the middle of it."""
+        return max(record.first_step, self.replanned["step"] if self.replanned else 0)
+
+    def lines(self) -> list[str]:
+        """Change by change, for people."""
+        return [
+            f"step {change['step']} ({100 * change['progress']:.1f} %): {'; '.join(change['what'])}"
+            for change in self.changes
+        ]
+
+
+def trained(plan: Plan, step: int) -> list[list[int]]:
+    """What the first ``step`` optimizer steps of a plan are: input size, batch size and steps of each stage."""
+    return [
+        [stage.input_size, stage.batch_size, min(step - stage.first_step, stage.steps)]
+        for stage in plan.stages
+        if stage.first_step < step
+    ]
+
+
+def adopt(
+    state: dict[str, Any], plan: Plan, found: Sequence[Difference], where: str, is_main: bool = True
+) -> dict[str, Any]:
+    """A checkpoint as this run resumes it, with what was allowed to change noted.
+
+    Where that makes another plan, the run resumes at the same share of the new plan's clock: step and pass follow from
+    it, and with them the input size and the learning rate.
+
+    Raises:
+        UsageError: nothing is left of the new plan.
+        ValueError: a checkpoint of an earlier version, which does not say how far its plan was.
+    """
+    state = {"changes": [], "unwritten": "", "logged": None, "progress": None, **state}
+    if not found:
+        return state
+    replanned = any(difference.replans for difference in found)
+    if state["progress"] is None and not replanned:
+        logged = plan.records[state["epoch"]].start if state["epoch"] < len(plan) else 1.0
+        state.update(progress=plan.progress(state["step"]), logged=logged)
+    change = {"step": state["step"], "progress": state["progress"], "logged": state["logged"], "replanned": replanned}
+    change["what"] = [" ".join(difference.text.split()) for difference in found]
+    if replanned:
+        if state["progress"] is None:
+            raise ValueError(
+                f"{where} is of an earlier version and does not say how much of its plan is done: resume it with the "
+                "settings of then until its next checkpoint, and change them then"
+            )
+        before = (state["identity"] or {}).get("curriculum", {})
+        budget = (before.get("epochs"), before.get("clock")) == (plan.epochs, plan.curriculum.clock)
+        if budget and state.get("trained") == trained(plan, state["step"]):
+            step = state["step"]  # the new plan begins like that: shares differ by the rounding of stages to steps
+        else:
+            step = bisect.bisect_left(range(plan.total_steps), state["progress"] - 1e-9, key=plan.progress)
+        change["step"] = step
+        if step == plan.total_steps:
+            raise UsageError(
+                f"{where} is at {100 * state['progress']:.1f} % of its plan, and nothing is left of the new one: train "
+                "on from its weights with --finetune and another --output_dir, or resume an earlier checkpoint"
+            )
+        if is_main:
+            print(
+                f"resuming at {100 * plan.progress(step):.1f} % of the new plan, step {step} of {plan.total_steps}",
+                flush=True,
+            )
+        # The pass in progress is another one now: its loss starts anew, and its time counts on.
+        meters = {**state["meters"], "loss": [0.0, 0.0]}
+        state.update(step=step, epoch=plan.locate(step)[0].index, meters=meters)
+    return {**state, "changes": [*state["changes"], change]}
 
 
 def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:

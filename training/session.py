@@ -12,17 +12,18 @@ import torch
 
 from config import Config
 from curriculum import Pass, Plan, set_input_size
-from datasets import Source
+from datasets import Source, kill_workers
 from engine import Training
 from inputs.bad_files import FILE_NAME, BadFiles
 from inputs.views import fingerprint
-from training.build import make_batches
+from training.build import evaluated_passes, make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
-from training.resume import Saver, pack
+from training.resume import History, Saver, pack
+from training.stopping import Agreement, leave_stop_note
 from training.watchdog import Watchdog
-from utils import STOPPED, Agreement, Topology, from_main, leave_stop_note, unwrap, wrap
+from utils import STOPPED, Topology, from_main, release_memory, unwrap, wrap
 
 
 @dataclass
@@ -56,10 +57,12 @@ class Session:
     def __post_init__(self) -> None:
         config, plan, topology = self.config, self.plan, self.topology
         self.output = Path(config.output_dir)
-        spent = 0.0
+        spent, self.unwritten = 0.0, ""
         if self.state is not None:
             self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
+            self.unwritten = self.state["unwritten"]
         self.best = self.best or ({self.training.task.score: -1.0} if self.training.task.score else {})
+        self.history = History(self.state["changes"] if self.state else [])
         self.state = None  # a checkpoint is as large as the model with its moments
         self.started = time.perf_counter()
         self.pass_started = self.started - spent  # a pass's time counts what was spent on it before a stop
@@ -68,32 +71,31 @@ class Session:
         self.watchdog = Watchdog(60 * config.timeout, topology.rank, topology.world_size)
         self.progress = Progress(plan)
         self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
-        self.evaluated = [
-            record.index
-            for record in plan
-            if record.index == len(plan) - 1
-            or plan.due(config.eval_interval, record.first_step + record.steps, since=record.first_step)
-        ]
+        self.evaluated = evaluated_passes(plan, config.eval_interval)
         parts = zip(("train", "val"), self.sources) if topology.is_main else ()
         self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
         training, topology = self.training, self.topology
-        self.log = RunLog(self.output if topology.is_main else None, training.step, self.first)
+        logged = self.history.logged(self.plan, self.first)
+        self.log = RunLog(self.output if topology.is_main else None, training.step, logged, self.unwritten)
         self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
         self.watchdog.__enter__()
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
+        if error is not None and self.topology.world_size > 1:
+            # Nothing may stand between the error and its message: other processes can be waiting for this one.
+            kill_workers()
         try:
             with closing(self.batches):  # ends the loader's workers
                 if isinstance(error, NonFinite):
                     self._report_nonfinite(error)
         finally:
-            self.agreement.close()
             self.watchdog.__exit__(None, None, None)
         if error is None:
+            self.agreement.close()
             self.log.close()
 
     def _report_nonfinite(self, error: NonFinite) -> None:
@@ -109,6 +111,7 @@ class Session:
         if record.input_size != model.input_size:
             training.model = None  # a live data-parallel wrapper would keep its hooks on resized parameters
             set_input_size(model, record.input_size, training.optimizer, training.ema)
+            release_memory(topology.device)
             training.model = wrap(model, topology, self.config.compile)
         if topology.is_main and (self.current is None or record.stage != self.current.stage):
             training.watch = self._save_samples
@@ -157,10 +160,11 @@ class Session:
         plan, end = self.plan, record.first_step + record.steps
         loss = self.training.loss.mean()
         seconds = max(time.perf_counter() - self.pass_started, 1e-9)
-        images = record.steps * record.batch_size
+        images = (end - self.history.first_step(record)) * record.batch_size
         return {
             "epoch": record.index,  # the pass; the key is what other trainers' logs call it
             "step": end,
+            "start": self.history.logged(plan, record.index),
             "progress": plan.progress(end),
             "equivalent_epochs": plan.equivalent_epochs(end),
             "input_size": record.input_size,
@@ -204,6 +208,8 @@ class Session:
                 self.config,
                 self.sources[0].classes,
                 self.images,
+                self.history,
+                self.log.waiting,
             ),
             (training.step, unfinished),
             better,
@@ -216,7 +222,7 @@ class Session:
         """Writes images (uint8 (N, 3, S, S)) as samples for the report."""
         try:
             save_samples(self.output / "samples" / f"{name}.png", images)
-        except OSError as error:
+        except Exception as error:  # no picture is worth a run
             print(f"warning: samples for the report could not be written: {error}", flush=True)
 
     def _save_samples(self, images: torch.Tensor) -> None:
@@ -228,8 +234,8 @@ class Session:
         if self.topology.is_main:
             try:
                 write_report(self.output)
-            except OSError as error:
-                print(f"warning: the report could not be written: {error}", flush=True)
+            except Exception as error:  # no report is worth a run
+                print(f"warning: the report could not be written: {error!r}", flush=True)
 
     def stopped(self) -> int:
         """Says why the run ended before its plan. Returns the exit code."""

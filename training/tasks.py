@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from curriculum.sampler import derive_seed
+from inputs.transfer import send
 from inputs.views import Source
 from training import findings
 
@@ -179,4 +180,4 @@ class Reconstruction:
         seeds = list(seeds)
         shape = len(images) // len(seeds), math.prod(side // self.patch_side for side in images.shape[-2:])
         drawn = [torch.rand(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        return torch.cat(drawn).to(images.device, non_blocking=True)
+        return send(torch.cat(drawn), images.device)

@@ -22,8 +22,9 @@ def _is_ours(file: str) -> bool:
 class Watchdog:
     """A thread that ends the process unless :meth:`beat` is called at least every ``timeout`` seconds.
 
-    It reports the rank, the host and where the main thread stands: in the loader (a worker hangs, or the storage), in a
-    collective operation (another process hangs), or elsewhere. So no run waits for ever. Use it as a context.
+    Time in which the process itself was stopped does not count. It reports the rank, the host and where the main thread
+    stands: in the loader (a worker hangs, or the storage), in a collective operation (another process hangs), or
+    elsewhere. So no run waits for ever. Use it as a context.
     """
 
     def __init__(self, timeout: float, rank: int, world_size: int) -> None:
@@ -31,13 +32,13 @@ class Watchdog:
         self.who = f"rank {rank} of {world_size} on {socket.gethostname()}"
         self.doing = "starting"
         self._done = threading.Event()
-        self._beaten = time.monotonic()
+        self._beats = 0
         self._main = threading.get_ident()
 
     def beat(self, doing: str) -> None:
         """Something was done; ``doing`` is what comes next."""
         self.doing = doing
-        self._beaten = time.monotonic()
+        self._beats += 1
 
     def __enter__(self) -> Watchdog:
         self.beat(self.doing)
@@ -48,9 +49,14 @@ class Watchdog:
         self._done.set()
 
     def _watch(self) -> None:
-        while (left := self._beaten + self.timeout - time.monotonic()) > 0:
-            if self._done.wait(left):
+        tick, waited, beats, before = min(self.timeout / 10, 1.0), 0.0, self._beats, time.monotonic()
+        while waited < self.timeout:
+            if self._done.wait(tick):
                 return
+            now = time.monotonic()
+            # While the process itself is stopped (SIGSTOP, a suspended machine) no time counts.
+            waited = 0.0 if self._beats != beats else waited + min(now - before, 2 * tick)
+            beats, before = self._beats, now
         frames = traceback.extract_stack(sys._current_frames()[self._main])
         own = [place for place, frame in enumerate(frames) if _is_ours(frame.filename)]
         places = [f"{frame.name} ({Path(frame.filename).name}:{frame.lineno})" for frame in frames]

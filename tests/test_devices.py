@@ -1,0 +1,105 @@
+"""Which device a process takes and how precisely it computes, on faked machines; what errors of the network say."""
+
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+
+import utils
+from config import UsageError, load_recipe
+from config.command_line import parse_config
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """``machine(gpus, local_rank)`` fakes a machine that shows this process so many GPUs."""
+    taken = []
+
+    def call(gpus, local_rank):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        return taken
+
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    yield call
+    torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32 = before
+    torch.set_float32_matmul_precision("highest")
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.pop(name, None)
+
+
+def start(tf32=True):
+    return utils.init_topology("auto", False, tf32, timedelta(minutes=1))
+
+
+@pytest.mark.parametrize("gpus, local_rank, index", [(4, 3, 3), (1, 3, 0), (1, 0, 0), (8, 0, 0)])
+def test_each_process_takes_its_gpu_also_where_it_sees_no_other(machine, gpus, local_rank, index):
+    taken = machine(gpus, local_rank)
+    assert start().device == torch.device("cuda", index) and taken == [index]
+
+
+def test_more_processes_than_gpus_are_refused(machine):
+    machine(2, 2)
+    with pytest.raises(UsageError, match="local rank 2 has no CUDA device: there are 2"):
+        start()
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_tf32_is_a_setting_of_products_and_convolutions(machine, tf32):
+    machine(1, 0)
+    start(tf32)
+    assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+    assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+def test_tf32_is_on_by_default_and_a_flag():
+    assert parse_config([]).tf32 is True and parse_config(["--tf32", "false"]).tf32 is False
+
+
+def test_blocks_of_memory_grow_unless_the_user_says_how(machine, monkeypatch):
+    machine(1, 0)
+    start()
+    name = "PYTORCH_ALLOC_CONF" if torch.__version__ >= (2, 9) else "PYTORCH_CUDA_ALLOC_CONF"
+    assert os.environ[name] == "expandable_segments:True"
+    monkeypatch.delenv(name)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:128")
+    start()
+    assert "PYTORCH_ALLOC_CONF" not in os.environ
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "max_split_size_mb:128"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        (
+            "Gloo connectFullMesh failed with [../tcp/pair.cc:144] no error",
+            "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME",
+        ),
+        (
+            "[enforce fail at gloo/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth7",
+            "GLOO_SOCKET_IFNAME",
+        ),
+        ("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.7]:29", "lost another process"),
+        ("Duplicate GPU detected : rank 1 and rank 0 both on CUDA device 1a0", "one process for each GPU"),
+    ],
+)
+def test_errors_between_processes_say_what_to_do(text, said):
+    assert said in utils.explain(RuntimeError(text))
+
+
+@pytest.mark.parametrize(
+    "recipe", ["in1k/convnext_tiny_etpp200.yaml", "in1k/resnet50_et300.yaml", "mae/vit_base_et1600.yaml"]
+)
+def test_any_recipe_can_extend_the_gpu_fragment(tmp_path, recipe):
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"extends: [{ROOT}/recipes/{recipe}, {ROOT}/recipes/_gpu.yaml]\n")
+    mine, theirs = load_recipe(str(path)), load_recipe(str(ROOT / "recipes" / recipe))
+    fragment = {"amp": "bf16", "channels_last": True, "compile": True, "tf32": True}
+    assert mine == {**theirs, **fragment}
+    parse_config(["--recipe", str(path)])
