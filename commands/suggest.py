@@ -81,7 +81,7 @@ def suggest(config: Config, said: Collection[str]) -> str:
                 rows.append(row)
                 config = replace(config, **{row[0]: row[1]})
     plan = make_plan(config, len(source), number_of_classes(config, source))
-    return _text(config, seen, rows, run_minutes(replace(config, output_dir=None), plan, source))
+    return _text(config, seen, rows, run_minutes(config, plan, source))
 
 
 def write_suggestion(config: Config, said: Collection[str]) -> int:
@@ -259,9 +259,10 @@ def _text(config: Config, seen: Seen, rows: list[Row], minutes: float) -> str:
         f"at least {seen.median_side}."
     ]
     if high > 10 * max(low, 1):
+        score = "" if config.task == "multilabel" else "top-1 accuracy is mostly that of the large ones. "
         facts.append(
-            f"The classes are unbalanced ({high / max(low, 1):.0f} to 1): top-1 accuracy is mostly that of the large "
-            "ones. Nothing here weighs them; look at the small ones' predictions before you trust it."
+            f"The classes are unbalanced ({high / max(low, 1):.0f} to 1): {score}Nothing here weighs them; look at the "
+            "small ones' predictions before you trust it."
         )
     if seen.unreadable:
         looked_at = len(seen.unreadable) + len(seen.short_sides)
