@@ -85,7 +85,7 @@ def is_better(session: Session, record: Pass, result: dict[str, Any]) -> bool:
     if name and size == (session.config.eval_size or plan.base_size) and as_at_the_end:
         for weights in ("model", "model_ema"):
             score = result.get(f"test_{name}" + weights.removeprefix("model"), -1.0)
-            if score > session.best[name]:
+            if score > session.best.get(name, -1.0):
                 session.best = {name: score, "step": session.training.step, "weights": weights, "eval_size": size}
                 better = True
     return better
