@@ -62,9 +62,7 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
     trained = {name: known[name] for name in FROM_CHECKPOINT if name not in said and name in known}
     config = replace(config, **trained)
     if config.task == "mae":
-        raise ValueError(
-            f"--predict: {config.resume} is a masked autoencoder, which has no classes: fine-tune it first"
-        )
+        raise ValueError(f"--predict: {config.resume} is a masked autoencoder without classes: fine-tune it")
     averaged = config.model_ema if "model_ema" in said else content["best"].get("weights") == "model_ema"
     key = "model_ema" if averaged else "model"
     if content.get(key) is None:
