@@ -26,7 +26,7 @@ from torch import nn
 from commands import autobatch
 from commands.doctor import diagnose
 from commands.evaluate import evaluate_weights
-from commands.plan import make_summary, show_plan
+from commands.plan import baseline, make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
@@ -162,7 +162,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         start_folder(output, config, topology, plan, summary, history)
         if history.replanned and history.replanned["step"] == training.step:
             checkpoints.set_aside(output, len(history.changes))
-        print("\n".join([table(summary, config.baseline_epochs), *replay]), flush=True)
+        print("\n".join([table(summary, baseline(config)), *replay]), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 

@@ -25,9 +25,10 @@ class Optimizer(TypedDict):
 
 
 class Best(TypedDict, total=False):
-    """The best evaluation so far."""
+    """The best evaluation so far, by the task's score; empty for a task that has none."""
 
-    acc1: Required[float]
+    acc1: float
+    map: float
     step: Count
     weights: Literal["model", "model_ema"]
     eval_size: Count

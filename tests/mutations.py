@@ -41,7 +41,7 @@ ELSEWHERE = {
     "training/resume.py": "resume auto_resume output_dir",
     "training/validation.py": "eval_size crop_pct",
     "commands/evaluate.py": "mean std crop_pct eval_data real_labels",
-    "commands/predict.py": "crop_pct predict predict_to top_k",
+    "commands/predict.py": "crop_pct predict predict_to top_k threshold",
     "commands/plan.py": "num_images devices speeds baseline_epochs",
 }
 MUTATIONS = [(setting, "training/build.py") for setting in BUILD.split()]

@@ -370,7 +370,7 @@ wired("train_split", "val", lambda p: len(p.source), 15)
 wired("val_split", "train", lambda p: len(p.held_out), 48)
 wired("val_per_class", 1, lambda p: len(p.source) + len(p.held_out), 48)
 wired("val_share", "10%", lambda p: len(p.source) + len(p.held_out), 48)
-wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None))
+wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None, False))
 wired("label_columns", ["a", "b"], lambda p: opened(p)["table"][1], labels="table.csv")
 wired("label_separator", "|", lambda p: opened(p)["table"][2], labels="table.csv")
 wired("label_key", "species", lambda p: opened(p)["key"])
@@ -584,6 +584,16 @@ def _(make):
 @special("top_k")
 def _(make):
     assert {len(line["top"]) for line in labelled(make, top_k=2)} == {2}
+
+
+@special("threshold")
+def _(make):
+    for threshold, count in ((0.0, 3), (1.0, 0)):
+        where = {"resume": make.checkpoint, "predict": str(make.folder / "val"), "task": "multilabel"}
+        make.capsys.readouterr()
+        assert predict(make(**where, threshold=threshold).config, {"task"}, CPU) == 0
+        lines = make.capsys.readouterr().out.splitlines()
+        assert {len(json.loads(line)["labels"]) for line in lines} == {count}
 
 
 def planned(p):
