@@ -25,15 +25,16 @@ class Task(Protocol):
     """What the engine's loops ask of a task. ``model`` is as called, under autocast; images are finished."""
 
     metrics: tuple[str, ...]  # scores of an evaluation, for the log
-    best: (
-        str | None
-    )  # the one of them, the higher the better, by which the best checkpoint is chosen; None: there is none
+    score: str | None  # the metric whose largest value is the best; None: none says which weights are
 
     def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """Mean loss of a batch of ``len(seeds)`` groups; beyond the model's own, all randomness is the seeds'."""
 
     def begin(self, data: Dataset, device: torch.device) -> Scores:
         """What collects an evaluation's results on this data set."""
+
+    def findings(self, scores: dict[str, Any], source: Any) -> dict[str, Any] | None:
+        """What the report shows of these scores of a data set, as plain types; None: nothing."""
 
     def describe(self, result: dict[str, Any]) -> str:
         """An evaluation's log record in words."""
@@ -133,7 +134,8 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
     Args:
         training: advanced in place.
         epoch: a record of the plan.
-        batches: pairs of uint8 images (N, 3, S, S) and targets (N,), one per forward pass, in the sampler's order.
+        batches: pairs of uint8 images (N, 3, S, S) and targets (N,), of several labels (N, classes), one per forward
+            pass, in the sampler's order.
         after_step: called with (learning rate, images of this step) after every optimizer step; True stops the epoch.
 
     Returns:
@@ -221,7 +223,7 @@ def evaluate(
 
     Args:
         model: unwrapped, at input size ``size``.
-        loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
+        loader: batches of uint8 images (N, 3, S, S), targets and indices (N,): this process's share.
         task: what to measure.
         stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
         radius: of the low-pass filter that the images go through, None for none.

@@ -23,7 +23,8 @@ from engine import autocast, evaluate
 from inputs.decode import BadImage
 from models.reading import read_weights
 from models.registry import build_bounded
-from training.build import base_size, has_masks, make_finish, make_model, open_dense, test_sides
+from training.build import make_finish, make_model
+from training.scenes import base_size, has_masks, open_dense, test_sides
 from training.watchdog import Watchdog
 from utils import Topology
 

@@ -15,8 +15,9 @@ from curriculum import CurriculumSampler, Plan, summarize, table
 from datasets import build_source
 from dense.cost import DETECTION, SEGMENTATION, count
 from models.flops import count_flops
-from training.build import describe_replay, make_model, make_plan, make_sampler, number_of_classes, open_dense
+from training.build import describe_replay, make_model, make_plan, make_sampler, number_of_classes
 from training.report import plan_picture
+from training.scenes import open_dense
 from utils import write_text
 
 
@@ -41,7 +42,7 @@ def show_plan(config: Config) -> int:
         write_text(path, plan_picture(plan))
         print(path)
     else:
-        lines = [table(summary, config.baseline_epochs), *describe_replay(config, plan)]
+        lines = [table(summary, baseline(config, plan)), *describe_replay(config, plan)]
         print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
     return 0
 
@@ -62,7 +63,12 @@ def make_summary(
     else:
         flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
     with as_usage():
-        return summarize(plan, config.baseline_epochs, flops, params, sampler, images_per_s)
+        return summarize(plan, baseline(config, plan), flops, params, sampler, images_per_s)
+
+
+def baseline(config: Config, plan: Plan) -> float:
+    """Ordinary epochs that speed-ups compare with: the run's own, unless a recipe or the user says otherwise."""
+    return config.baseline_epochs or plan.epochs
 
 
 def load_speeds(path: str) -> dict[int, float]:

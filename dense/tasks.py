@@ -107,7 +107,7 @@ class DenseTask:
     """What both tasks share: the loss is the sum of what the model gives."""
 
     metrics: tuple[str, ...]
-    best: str
+    score: str
 
     def loss(self, model: nn.Module, images: Tensor, targets: Scenes, seeds: Sequence[int]) -> Tensor:
         return sum(model(images, targets.sizes, targets.targets).values())
@@ -123,6 +123,10 @@ class DenseTask:
             drawn.append(self.picture(model, image, pixels, data.source.classes))
         height = max(picture.shape[1] for picture in drawn)
         return torch.cat([F.pad(picture, (0, 0, 0, height - picture.shape[1])) for picture in drawn], 2)
+
+    def findings(self, scores: dict[str, Any], source: Any) -> None:
+        """The report shows the scores of classes and drawn answers instead."""
+        return None
 
     def describe(self, result: dict[str, Any]) -> str:
         shown = []
@@ -143,7 +147,7 @@ class Detection(DenseTask):
         masks: whether it predicts masks.
     """
 
-    best = "box_AP"
+    score = "box_AP"
 
     def __init__(self, masks: bool) -> None:
         self.masks = masks
@@ -182,7 +186,7 @@ class Segmentation(DenseTask):
     """
 
     metrics = ("mIoU", "mAcc", "aAcc")
-    best = "mIoU"
+    score = "mIoU"
 
     def __init__(self, scales: Sequence[float] = (1.0,), flip: bool = False) -> None:
         self.scales, self.flip = tuple(scales), flip

@@ -157,7 +157,7 @@ class ShardCache:
     @contextmanager
     def _alone(self):
         """One process at a time looks at the folder to change it."""
-        with open(self.folder / LOCK, "a") as file:
+        with open(self.folder / LOCK, "ab") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield

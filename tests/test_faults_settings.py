@@ -160,7 +160,8 @@ def test_an_allowed_change_is_kept_and_shown(main_program, copied, capsys):  # n
     run = Run(copied / "run")
     (change,) = run.state()["changes"]
     assert change["step"] == 8 and change["what"] == ["lr was 0.001 and is 0.0005", "mixup was 0.8 and is 0.4"]
-    line = "step 8 (27.2 %): lr was 0.001 and is 0.0005; mixup was 0.8 and is 0.4"
+    share = 100 * plan_of(8, 2, images=48).progress(8)
+    line = f"step 8 ({share:.1f} %): lr was 0.001 and is 0.0005; mixup was 0.8 and is 0.4"
     text = (run.output / "config.yaml").read_text()
     assert f"# changed at {line}\n" in text and yaml.safe_load(text)["lr"] == 5e-4
     assert "lr was 0.001 and is 0.0005" in (run.output / "report.html").read_text()
@@ -262,7 +263,7 @@ def test_another_batch_size_trains_the_rest_of_the_plan(main_program, begun, tmp
     """And its log shows each share of the clock once."""
     shutil.copytree(begun, tmp_path / "copy")
     settings = {**SETTINGS, "output_dir": tmp_path / "copy" / "run", "data_path": begun / "data", "batch_size": batch}
-    argv = flags(**settings, allow_change="batch_size", save_interval="1 steps")
+    argv = flags(**settings, allow_change="batch_size")
     before = checkpoints.load(tmp_path / "copy" / "run" / "checkpoint-8.pth")
     assert main_program([*argv, "--stop_after", f"{100 * before['progress'] + 15}%"]) == 0
     said = capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,11 +18,11 @@ from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_i
 from curriculum.skeleton import Skeleton
 from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
 from dense.build import make_dense
-from dense.scenes import TrainScenes, open_scenes
+from dense.scenes import TrainScenes
 from dense.tasks import Detection, SceneFinish, Segmentation
 from dense.tasks import eval_loader as dense_eval_loader
 from dense.tasks import training_batches as dense_batches
-from dense.transforms import SIDES, DetectionTest, DetectionTrain, SegmentationTest, SegmentationTrain
+from dense.transforms import DetectionTest, SegmentationTest
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
@@ -32,7 +32,8 @@ from inputs.replay import replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
 from training.numerics import NEVER, LossMeter, max_skipped
-from training.tasks import Classification, Reconstruction
+from training.scenes import base_size, has_masks, head_of, make_scene_transform, open_dense, test_sides
+from training.tasks import Classification, MultiLabel, Reconstruction
 from utils import Topology
 
 
@@ -81,29 +82,6 @@ def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
     return create_model(config.model, classes, input_size, config.drop_path, **options)
 
 
-def head_of(config: Config) -> str:
-    """What stands on the body of a detector or segmenter."""
-    return config.head or ("mask_rcnn" if config.task == "detection" else "upernet")
-
-
-def has_masks(config: Config) -> bool:
-    """Whether a detector predicts masks, and so needs them."""
-    return head_of(config) in ("mask_rcnn", "cascade") and (config.head_args or {}).get("masks", True)
-
-
-def base_size(config: Config) -> int:
-    """The plan's full size: of a detector the short side of test images, of a segmenter the crop."""
-    if config.task == "detection":
-        return test_sides(config)[0]
-    return config.crop if config.task == "segmentation" else config.input_size
-
-
-def test_sides(config: Config) -> tuple[int, int]:
-    """Short side and longest side of a detector's or segmenter's test images."""
-    side, longest = (800, 1333) if config.task == "detection" else (512, 2048)
-    return config.test_side or side, config.max_side or longest
-
-
 def open_sources(config: Config, classes: list[str] | None = None) -> tuple[Source, Source]:
     """The training and the validation set that the settings name, their classes in this order. Raises UsageError."""
     if config.task not in DENSE_TASKS:
@@ -126,16 +104,6 @@ def describe(config: Config, sources: tuple[Source, Source]) -> list[str]:
         return describe_data(config, sources)
     train, test = sources
     return [f"data: {len(train):,} training and {len(test):,} validation scenes, {len(train.classes)} classes"]
-
-
-def open_dense(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
-    """One split of a data set of boxes or label maps. Raises UsageError."""
-    if config.data_path is None:
-        raise UsageError("--data_path is not set: name the folder that holds the data set")
-    split = config.train_split if train else config.val_split
-    options = {"masks": has_masks(config), "classes": classes, "max_bad": config.max_bad, "folder": config.output_dir}
-    with as_usage():
-        return open_scenes(config.task, config.data_set, config.data_path, split, train=train, **options)
 
 
 def number_of_classes(config: Config, source: Source) -> int:
@@ -199,16 +167,6 @@ def make_batches(
 def make_augment(config: Config, plan: Plan) -> DeviceAugment | None:
     """What augments batches on the device, if it does not happen in the loader's workers."""
     return DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
-
-
-def make_scene_transform(config: Config, plan: Plan) -> DetectionTrain | SegmentationTrain:
-    """What becomes of a training image of a detector or segmenter, and of its boxes, masks or labels."""
-    side, longest = test_sides(config)
-    with as_usage():
-        if config.task == "detection":
-            sides = config.train_sides or SIDES
-            return DetectionTrain(plan.base_size, sides, longest, config.hflip, config.crop_prob)
-        return SegmentationTrain(plan.base_size, config.crop, side, longest, flip=config.hflip)
 
 
 def make_eval_loader(
@@ -289,13 +247,22 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     )
 
 
-def make_task(config: Config, model: nn.Module) -> Task:
-    """What the run learns."""
+def make_task(config: Config, model: nn.Module, classes: int) -> Task:
+    """What the run learns; ``classes`` are the data set's."""
     if config.task == "detection":
         return Detection(has_masks(config))
     if config.task == "segmentation":
         return Segmentation()
-    return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
+    if config.task == "mae":
+        return Reconstruction(model.patch_side)
+    return MultiLabel(classes) if config.task == "multilabel" else Classification(config.smoothing)
+
+
+def blank_targets(config: Config, images: int, classes: int) -> torch.Tensor:
+    """Targets of a batch that only costs time and memory as the run's do."""
+    if config.task == "multilabel":
+        return torch.zeros(images, classes)
+    return torch.zeros(images, dtype=torch.long)
 
 
 def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model: nn.Module, classes: int) -> Training:
@@ -316,7 +283,7 @@ def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model:
         plan=plan,
         sampler=sampler,
         device=device,
-        task=make_task(config, model),
+        task=make_task(config, model, classes),
         loss=LossMeter(device, scaler.is_enabled(), skip, max_skipped(plan) if skip else NEVER),
         amp=config.amp,
         clip_grad=config.clip_grad,

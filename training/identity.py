@@ -17,10 +17,11 @@ from datasets import Source
 
 OPTIMIZER = tuple(named(Config, "optimizer"))
 DENSE = ("task", "head", "head_args")
-OF_TASK = {"mae": ("task", "mae_target", "decoder"), "detection": DENSE, "segmentation": DENSE}
+MAE = ("task", "mae_target", "decoder")
+OF_TASK = {"multilabel": ("task",), "mae": MAE, "detection": DENSE, "segmentation": DENSE}
 SETTINGS_OF_LATER = ("mask_ratio",)  # in the identity of earlier checkpoints, and compared as the setting that it is
 # Settings that are compared by what came of them.
-IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *OF_TASK["mae"], *DENSE)
+IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE, *DENSE)
 # Settings that lead to what a key of the identity says, where it has another name.
 NARROWER = {"stages": ("input_size", "crop"), "base_size": ("input_size", "crop"), "classes": ("num_classes",)}
 SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
@@ -65,7 +66,8 @@ def fingerprint(source: Source) -> str:
     class change it.
     """
     sha = hashlib.sha256("\0".join(map(str, source.classes)).encode("utf-8", "surrogateescape"))
-    sha.update(np.asarray(source.labels(), dtype="<i8").tobytes())
+    labels = source.labels()
+    sha.update((np.asarray(labels, dtype="<i8") if labels.ndim == 1 else np.packbits(labels, axis=1)).tobytes())
     for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=np.int64).tolist():
         sha.update(source.name(index).rsplit("/", 1)[-1].encode("utf-8", "surrogateescape") + b"\0")
     return sha.hexdigest()[:16]
