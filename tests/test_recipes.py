@@ -239,7 +239,7 @@ def compare(names) -> list[tuple[str, str, str, float, float, bool]]:
         plan = plan_of(config)
         counted = {size: costs(config, size)[0] for size in (config.input_size, *(s.input_size for s in plan.stages))}
         params = costs(config, config.input_size)[1]
-        total = summarize(plan, baseline(config), counted, params)["total"]
+        total = summarize(plan, baseline(config, plan), counted, params)["total"]
         for row in config.rows:
             want = PAPERS[row]
             printed = want.get("speedup", {})
@@ -291,7 +291,7 @@ def test_a_wrong_stage_is_noticed():
     config = resolve("in1k/swin_tiny_et300.yaml")
     config.curriculum = "none"
     plan = plan_of(config)
-    total = summarize(plan, baseline(config), {224: flops(config.model, 224)[0]})["total"]
+    total = summarize(plan, baseline(config, plan), {224: flops(config.model, 224)[0]})["total"]
     assert abs(total["speedup_flops"] - PAPERS["iccv.t6.swin_tiny"]["speedup"]["compute"]) > 0.5
 
 
