@@ -186,9 +186,9 @@ def process_stopped(rng, launch):
 
 
 def index_damaged(rng, launch):
-    """Flipped bits in the index of the images, between launches; the launch itself is killed."""
-    for path in (launch.folder.parent / "data").rglob(".*"):
-        if path.is_file() and (data := bytearray(path.read_bytes())):
+    """Flipped bits in the indices of the images, between launches; the launch itself is killed."""
+    for path in sorted(Path(os.environ["XDG_CACHE_HOME"], "efficienttrain").rglob("*")):
+        if path.is_file() and path.suffix != ".lock" and (data := bytearray(path.read_bytes())):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             damaged = path.with_name(f".damaged-{launch.folder.name}")
             damaged.write_bytes(data)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run, flags, same
+from conftest import TINY, Run, flags, same
 from PIL import Image, ImageDraw
 from processes import world
 from sklearn.metrics import average_precision_score
@@ -24,6 +24,7 @@ from models import create_model
 from training.tasks import MultiLabel, average_precision
 
 COLOURS = {"red": (255, 0, 0), "grün": (0, 255, 0), "blue": (0, 0, 255)}
+OURS = ["--model", TINY["model"]]  # code from outside the project is named on the command line
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +170,7 @@ def test_the_map_is_scikit_learns_of_the_models_scores(trained, shapes):
 
 
 def test_two_processes_score_each_image_once(trained, main_program, tmp_path, capsys):
-    words = ["--recipe", str(trained.output / "config.yaml"), "--eval", "true", "--val_share", "35%"]
+    words = ["--recipe", str(trained.output / "config.yaml"), *OURS, "--eval", "true", "--val_share", "35%"]
     words += ["--resume", str(trained.output / "checkpoint-last.pth")]
     capsys.readouterr()
     assert main_program(words) == 0
@@ -189,7 +190,7 @@ def test_best_is_by_map(trained):
 
 
 def test_eval_and_report(trained, main_program, capsys):
-    words = ["--recipe", str(trained.output / "config.yaml"), "--eval", "true"]
+    words = ["--recipe", str(trained.output / "config.yaml"), *OURS, "--eval", "true"]
     assert main_program([*words, "--resume", str(trained.output / "checkpoint-last.pth")]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     last = trained.log()[-1]
@@ -206,7 +207,8 @@ def test_eval_and_report(trained, main_program, capsys):
 @pytest.mark.parametrize("threshold", [0.5, 0.0, 1.0])
 def test_predict(trained, shapes, threshold, main_program, capsys, tmp_path):
     images = shapes[0] / "images" / "0*.jpg"
-    words = ["--predict", str(images), "--resume", str(trained.output / "checkpoint-last.pth"), "--device", "cpu"]
+    words = ["--predict", str(images), "--resume", str(trained.output / "checkpoint-last.pth"), *OURS]
+    words += ["--device", "cpu"]
     words += ["--num_workers", "0", "--model_ema", "false", "--threshold", str(threshold)]
     capsys.readouterr()
     assert main_program(words) == 0
@@ -229,6 +231,7 @@ def test_predict(trained, shapes, threshold, main_program, capsys, tmp_path):
 
 def test_real_characters(trained, shapes, main_program, capsys):
     words = ["--predict", str(shapes[0] / "images" / "00.jpg"), "--resume", str(trained.output / "checkpoint-last.pth")]
+    words += OURS
     assert main_program([*words, "--device", "cpu", "--threshold", "0", "--num_workers", "0"]) == 0
     assert "grün" in capsys.readouterr().out
 

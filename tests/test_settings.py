@@ -593,7 +593,7 @@ def _(make):
     for threshold, count in ((0.0, 3), (1.0, 0)):
         where = {"resume": make.checkpoint, "predict": str(make.folder / "val"), "task": "multilabel"}
         make.capsys.readouterr()
-        assert predict(make(**where, threshold=threshold).config, {"task"}, CPU) == 0
+        assert predict(make(**where, threshold=threshold).config, {"task", "model"}, CPU) == 0
         lines = make.capsys.readouterr().out.splitlines()
         assert {len(json.loads(line)["labels"]) for line in lines} == {count}
 
