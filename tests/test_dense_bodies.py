@@ -73,11 +73,11 @@ def swin():
     options = {"embed_dim": 12, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 4)}
     body = make_body("swin_tiny", **options).eval()
     with torch.no_grad():
-        for name, parameter in body.named_parameters():
-            if "bias_table" in name or parameter.ndim == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.3)
-            elif "attn" in name:
-                parameter.mul_(15)  # so that attention counts for as much as in a trained model
+        for parameter in body.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(std=0.1)  # so that attention counts: at 0.02 it hardly changes what passes by it
+            else:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
     return body, options
 
 
@@ -101,9 +101,11 @@ def test_swin_is_the_one_of_the_detection_papers_and_timms_is_not(swin, size):
     assert type(timms) is SwinTransformer
     timms.load_state_dict({**timms.state_dict(), **body.model.state_dict()})
     with torch.no_grad():
-        other = timms.forward_intermediates(image, body.indices, intermediates_only=True)
-    # At 224 only the last stage differs, which timm never shifts; at 8 x 8 it shrinks the windows.
-    assert relative(other[-1][0], expected[-1]) > 5e-4  # fifty times the tolerance
+        others = timms.forward_intermediates(image, body.indices, intermediates_only=True)
+    wrong = [relative(map_[0], right) for map_, right in zip(others, expected)]
+    # At 224 the last stage alone differs, which timm never shifts; elsewhere it rolls before it pads, in every stage.
+    assert wrong[-1] > 0.1
+    assert max(wrong[:3]) < 1e-5 if size == (224, 224) else min(wrong[:3]) > 1e-3
 
 
 FAMILIES = {
