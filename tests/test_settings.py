@@ -646,7 +646,7 @@ def scene_transform(p):
     return training.scenes.make_scene_transform(p.config, plan_of(p))
 
 
-def test_transform(p):
+def eval_transform(p):
     """Of a validation image."""
     loader = training.build.make_eval_loader(p.config, None, range(2), 96, 1, CPU)
     return loader.dataset.transform
@@ -660,11 +660,11 @@ wired("train_sides", [64, 96], lambda p: list(scene_transform(p).sides), **DETEC
 wired(
     "max_side",
     256,
-    lambda p: (scene_transform(p).max_side, test_transform(p).max_side),
+    lambda p: (scene_transform(p).max_side, eval_transform(p).max_side),
     (256, 256),
     **DETECTION,
 )
-wired("test_side", 128, lambda p: (plan_of(p).base_size, test_transform(p).side), (128, 128), **DETECTION)
+wired("test_side", 128, lambda p: (plan_of(p).base_size, eval_transform(p).side), (128, 128), **DETECTION)
 wired("crop", 96, lambda p: (plan_of(p).base_size, scene_transform(p).crop), (96, 96), **SEGMENTATION)
 wired("crop_prob", 0.125, lambda p: scene_transform(p).crop_prob, **DETECTION)
 wired("scales_test", [0.5, 1.0], lambda p: list(commands.dense._task(p.config).scales), **SEGMENTATION)
