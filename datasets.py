@@ -10,10 +10,11 @@ from functools import cache
 from multiprocessing.util import Finalize
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from config import DataConfig, as_usage
+from config import Config, as_usage
 from config.checks import parse_share
 from config.urls import is_url
 from curriculum import CurriculumSampler
@@ -28,13 +29,13 @@ from inputs.summary import describe
 from inputs.tables import read_table
 from inputs.transfer import to_device
 from inputs.transforms import EvalTransform, TrainTransform, collate
-from inputs.views import Source, hold_out, in_order, map_classes
+from inputs.views import Source, hold_out, in_order, map_classes, targets
 from utils import STOP_SIGNALS
 
 PREFETCH = 2e9  # bytes of batches that a process's loader workers hold ready, unless one batch of each is more
 
 
-def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None = None) -> Source:
+def build_source(config: Config, train: bool, classes: Sequence[str] | None = None) -> Source:
     """The training or the validation set that the settings name.
 
     Args:
@@ -47,7 +48,7 @@ def build_source(config: DataConfig, train: bool, classes: Sequence[str] | None 
         return _build_source(config, train, classes)
 
 
-def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None) -> Source:
+def _build_source(config: Config, train: bool, classes: Sequence[str] | None) -> Source:
     hub = config.data_set.startswith("hfds/")
     if config.data_path is None and not hub:
         raise ValueError("--data_path is not set: name the folder that holds the data set")
@@ -74,7 +75,7 @@ def _build_source(config: DataConfig, train: bool, classes: Sequence[str] | None
     return in_order(source, classes)
 
 
-def describe_data(config: DataConfig, sources: tuple[Source, Source]) -> list[str]:
+def describe_data(config: Config, sources: tuple[Source, Source]) -> list[str]:
     """What was read, in one line, and a warning if validation images cannot be used."""
     if holds_out(config):
         amount = f"--val_share {config.val_share}" if config.val_share else f"--val_per_class {config.val_per_class}"
@@ -95,15 +96,17 @@ def dropped_line(source: Source) -> list[str]:
     ]
 
 
-def holds_out(config: DataConfig) -> bool:
+def holds_out(config: Config) -> bool:
     """Whether validation images are a part of the training split."""
     return config.val_per_class is not None or config.val_share is not None
 
 
-def _open(config: DataConfig, split: str, part: str, classes: list[str] | None = None) -> Source:
+def _open(config: Config, split: str, part: str, classes: list[str] | None = None) -> Source:
     if config.data_set in PUBLISHED:
         return open_published(config.data_set, config.data_path, split)
-    table = read_table(config.labels, config.label_columns, config.label_separator) if config.labels else None
+    several, table = config.task == "multilabel", None
+    if config.labels:
+        table = read_table(config.labels, config.label_columns, config.label_separator, several)
     return open_source(
         config.data_set,
         config.data_path,
@@ -112,6 +115,7 @@ def _open(config: DataConfig, split: str, part: str, classes: list[str] | None =
         part,
         table,
         config.label_key,
+        several,
         cache_dir=config.cache_dir,
         cache_size=int(config.cache_size * 1e9),
     )
@@ -120,7 +124,8 @@ def _open(config: DataConfig, split: str, part: str, classes: list[str] | None =
 class TrainSet(Dataset):
     """Items are asked for by the sampler's ``(index, size, magnitude, seed)`` and depend on nothing else.
 
-    An item is (uint8 image, label), and under augmentation on the device (image, label, its random choices).
+    An item is (uint8 image, target), and under augmentation on the device (image, target, its random choices); targets
+    are those of `inputs.views.targets`.
     """
 
     def __init__(self, source: Source, transform: TrainTransform | DeviceTransform, bad_files: BadFiles) -> None:
@@ -134,11 +139,12 @@ class TrainSet(Dataset):
         result, label = self.bad_files.load(
             self.source, index, seed, lambda data: self.transform(data, size, magnitude, seed)
         )
-        return (result[0], label, result[1]) if isinstance(result, tuple) else (result, label)
+        target = targets(label, len(self.source.classes))
+        return (result[0], target, result[1]) if isinstance(result, tuple) else (result, target)
 
 
 class EvalSet(Dataset):
-    """Items are (uint8 image (3, S, S), label, index). An image that cannot be used is an error, never replaced."""
+    """Items are (uint8 image (3, S, S), target, index). An image that cannot be used is an error, never replaced."""
 
     def __init__(self, source: Source, transform: EvalTransform) -> None:
         self.source, self.transform = source, transform
@@ -146,8 +152,9 @@ class EvalSet(Dataset):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int, int]:
-        return load(self.source, index, self.transform), self.source.label(index), index
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int | np.ndarray, int]:
+        target = targets(self.source.label(index), len(self.source.classes))
+        return load(self.source, index, self.transform), target, index
 
 
 def training_batches(
@@ -158,7 +165,7 @@ def training_batches(
     augment: DeviceAugment | None = None,
     replay_memory: float = 0.0,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,), one per forward pass.
+    """Batches for the rest of the run: uint8 images (N, 3, S, S) and targets (N,) or (N, classes), one a forward pass.
 
     One loader serves it all: workers start once and prefetch across epochs, stages and evaluations.
 

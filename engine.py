@@ -26,6 +26,7 @@ class Task(Protocol):
 
     measured: tuple[str, ...]  # of each image in an evaluation
     metrics: tuple[str, ...]  # of all of them, for the log
+    score: str | None  # the metric whose largest value is the best; None: none says which weights are
     # (model, images, function that makes uint8 images of them) -> uint8 (3, H, W): how the model answers; None: nothing
     picture: Callable[[nn.Module, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor] | None
 
@@ -39,6 +40,9 @@ class Task(Protocol):
 
     def scores(self, table: dict[str, torch.Tensor]) -> dict[str, Any]:
         """From what was measured of every image of a data set: the metrics, and whatever else the task gives."""
+
+    def findings(self, scores: dict[str, Any], source: Any) -> dict[str, Any] | None:
+        """What the report shows of these scores of a data set, as plain types; None: nothing."""
 
     def describe(self, result: dict[str, Any]) -> str:
         """An evaluation's log record in words."""
@@ -85,7 +89,8 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
     Args:
         training: advanced in place.
         epoch: a record of the plan.
-        batches: pairs of uint8 images (N, 3, S, S) and targets (N,), one per forward pass, in the sampler's order.
+        batches: pairs of uint8 images (N, 3, S, S) and targets (N,), of several labels (N, classes), one per forward
+            pass, in the sampler's order.
         after_step: called with (learning rate, images of this step) after every optimizer step; True stops the epoch.
 
     Returns:
@@ -173,7 +178,7 @@ def evaluate(
 
     Args:
         model: unwrapped, at input size ``size``.
-        loader: batches of uint8 images (N, 3, S, S), targets (N,) and indices (N,): this process's share.
+        loader: batches of uint8 images (N, 3, S, S), targets and indices (N,): this process's share.
         task: what to measure.
         stop: called equally often by every process, after each batch; True on all of them ends the evaluation.
         radius: of the low-pass filter that the images go through, None for none.

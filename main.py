@@ -26,7 +26,7 @@ from torch import nn
 from commands import autobatch
 from commands.doctor import diagnose
 from commands.evaluate import evaluate_weights
-from commands.plan import make_summary, show_plan
+from commands.plan import baseline, make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
@@ -162,7 +162,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         start_folder(output, config, topology, plan, summary, history)
         if history.replanned and history.replanned["step"] == training.step:
             checkpoints.set_aside(output, len(history.changes))
-        print("\n".join([table(summary, config.baseline_epochs), *replay]), flush=True)
+        print("\n".join([table(summary, baseline(config)), *replay]), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
@@ -184,9 +184,9 @@ def settle_micro_batch(
     processes than it began on, and none are asked for, they are divided.
     """
     if state is not None:
-        groups, most = state["config"]["micro_batch"], state["config"].get("forward_batch")
+        groups, most = state["config"].get("micro_batch"), state["config"].get("forward_batch")
         settled = {"forward_batch": config.forward_batch or (most and {int(size): n for size, n in most.items()})}
-        if config.micro_batch in (None, "auto") and groups is not None:
+        if config.micro_batch in (None, "auto") and isinstance(groups, int):
             share = plan.batch_size // topology.world_size
             fits = plan.batch_size % topology.world_size or share % groups == 0  # if not even the batch, others say so
             settled["micro_batch"] = groups if fits else math.gcd(groups, share)
@@ -196,7 +196,8 @@ def settle_micro_batch(
                     f"{topology.world_size} processes; mixing happens within these",
                     flush=True,
                 )
-        return settled
+        if config.micro_batch not in (None, "auto") or "micro_batch" in settled:
+            return settled
     if config.micro_batch not in (None, "auto"):
         return {}
     if config.micro_batch is None:

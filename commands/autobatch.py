@@ -17,7 +17,7 @@ from curriculum import CurriculumSampler, Plan, RandAugment
 from engine import finished, forward_loss
 from inputs.device import encode
 from inputs.transfer import to_device
-from training.build import make_augment, make_training, place
+from training.build import blank_targets, make_augment, make_training, place
 from utils import Topology, all_min
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
@@ -128,7 +128,8 @@ class Blank:
         side = plan.loaded_size(model.input_size)
         if self.augment is not None and config.pipeline == "exact":
             side = plan.base_size
-        self.batch = torch.zeros(images, 3, side, side, dtype=torch.uint8), torch.zeros(images, dtype=torch.long)
+        targets = blank_targets(config, images, model.num_classes)
+        self.batch = torch.zeros(images, 3, side, side, dtype=torch.uint8), targets
         if self.device.type == "cuda":
             self.batch = tuple(tensor.pin_memory() for tensor in self.batch)
         slots = RandAugment().num_ops

@@ -24,7 +24,7 @@ from inputs.views import fingerprint
 from models import checkpoints, create_model, load_weights
 from models.reading import read_weights
 from training.build import make_finish
-from training.tasks import Classification
+from training.tasks import Classification, MultiLabel
 from training.watchdog import Watchdog
 from utils import Topology
 
@@ -56,7 +56,8 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
         config.num_workers,
         topology.device.type == "cuda",
     )
-    task = Classification(columns=columns)
+    several = config.task == "multilabel"
+    task = MultiLabel(len(source.classes), columns) if several else Classification(columns=columns)
     averaged = isinstance(content.get("model_ema"), dict)
     for key in ("model", "model_ema") if averaged else (None,):
         report = load_weights(model, source_of_weights, key=key)
@@ -75,15 +76,18 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
             stop = partial(watchdog.beat, "evaluating")
             scores = evaluate(model, loader, finish, size, topology.device, task, config.amp, stop=stop)
         speed = scores["images"] / (time.perf_counter() - started)
-        line = {"weights": key or "model", "eval_size": size, **scores, "images_per_s": round(speed, 1)}
-        top = line.pop("predictions")
+        line = {"weights": key or "model", "eval_size": size}
+        line.update({name: scores[name] for name in (*task.metrics, "images")}, images_per_s=round(speed, 1))
+        if several:
+            line["ap"] = dict(zip(source.classes, scores["ap"]))
         if bad := getattr(source, "dropped", ()):
             line["bad_images"] = len(bad)
         if real is not None:
+            top = scores["predictions"]
             top = top.cpu() if columns is None else columns[top.cpu()]
             line["real_acc1"] = real_accuracy(top.tolist(), real)
         if topology.is_main:
-            print(json.dumps(line), flush=True)
+            print(json.dumps(line, ensure_ascii=False), flush=True)
     return 0
 
 

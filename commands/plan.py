@@ -38,7 +38,7 @@ def show_plan(config: Config) -> int:
         write_text(path, plan_picture(plan))
         print(path)
     else:
-        lines = [table(summary, config.baseline_epochs), *describe_replay(config, plan)]
+        lines = [table(summary, baseline(config)), *describe_replay(config, plan)]
         print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
     return 0
 
@@ -54,7 +54,12 @@ def make_summary(
     sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
     flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
     with as_usage():
-        return summarize(plan, config.baseline_epochs, flops, params, sampler, images_per_s)
+        return summarize(plan, baseline(config), flops, params, sampler, images_per_s)
+
+
+def baseline(config: Config) -> float:
+    """Ordinary epochs that speed-ups compare with: the run's own, unless a recipe or the user says otherwise."""
+    return config.baseline_epochs or config.epochs
 
 
 def load_speeds(path: str) -> dict[int, float]:

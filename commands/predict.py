@@ -1,4 +1,5 @@
-"""Labels for images (``--predict``): a checkpoint's top classes and their probabilities, as JSON lines or CSV."""
+"""Labels for images (``--predict``), as JSON lines or CSV: a checkpoint's top classes with their probabilities, or of
+one of several labels per image all that are probable enough."""
 
 from __future__ import annotations
 
@@ -32,7 +33,7 @@ from utils import Topology
 
 BATCH = 32
 # What decides how the model is built and what it is shown: the checkpoint's, unless it was said on the command line.
-FROM_CHECKPOINT = ("model", "model_args", "input_size", "eval_size", "num_classes", "crop_pct", "mean", "std")
+FROM_CHECKPOINT = ("task", "model", "model_args", "input_size", "eval_size", "num_classes", "crop_pct", "mean", "std")
 
 
 def predict(config: Config, said: Collection[str], topology: Topology) -> int:
@@ -55,10 +56,13 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
         raise ValueError(
             f"--predict: {config.resume} is not a checkpoint of this project, so its classes have no names"
         )
-    unsaid = {name: content["config"].get(name) for name in ("model", "model_args") if name not in said}
+    known = content["config"]
+    unsaid = {name: known.get(name) for name in ("model", "model_args") if name not in said}
     check_name_from_file(unsaid.get("model", ""), unsaid.get("model_args"), f"--predict: {config.resume}")
-    trained = {name: content["config"].get(name) for name in FROM_CHECKPOINT if name not in said}
+    trained = {name: known[name] for name in FROM_CHECKPOINT if name not in said and name in known}
     config = replace(config, **trained)
+    if config.task == "mae":
+        raise ValueError(f"--predict: {config.resume} is a masked autoencoder without classes: fine-tune it")
     averaged = config.model_ema if "model_ema" in said else content["best"].get("weights") == "model_ema"
     key = "model_ema" if averaged else "model"
     if content.get(key) is None:
@@ -71,8 +75,8 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
     model.to(topology.device).eval()
 
     bad = []
-    top_k = min(config.top_k, len(names))
-    with torch.inference_mode(), open_writer(config.predict_to, top_k) as write:
+    several, top_k = config.task == "multilabel", min(config.top_k, len(names))
+    with torch.inference_mode(), open_writer(config.predict_to, None if several else top_k) as write:
         finish = make_finish(replace(config, input_size=size), len(names), "lanczos")
         for indices, images, reasons in _batches(paths, size, config, topology.device):
             if images is not None:
@@ -80,12 +84,14 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
                     logits = model(finish.evaluate(images.to(topology.device), size)).float()
                 if not torch.isfinite(logits).all():
                     raise ValueError(f"{config.resume}: the model's answers are not finite; --amp none may help")
-                rows = iter(zip(*(part.tolist() for part in logits.softmax(1).topk(top_k))))
+                likely = logits.sigmoid().sort(descending=True) if several else logits.softmax(1).topk(top_k)
+                rows = iter(zip(*(part.tolist() for part in likely)))
             for index, reason in zip(indices, reasons):
                 if reason is None:
                     probabilities, labels = next(rows)
-                    top = [(names[label], round(p, 6)) for label, p in zip(labels, probabilities)]
-                    write(paths[index], top, None)
+                    least = config.threshold if several else 0.0
+                    found = [(names[label], round(p, 6)) for label, p in zip(labels, probabilities) if p >= least]
+                    write(paths[index], found, None)
                 else:
                     bad.append(f"{paths[index]} ({reason})")
                     write(paths[index], [], reason)
@@ -126,35 +132,57 @@ def find_images(where: str) -> list[str]:
 
 
 @contextmanager
-def open_writer(path: str | None, top_k: int) -> Iterator[Any]:
-    """Yields ``write(image, [(label, probability), ...], reason or None)``.
+def open_writer(path: str | None, top_k: int | None) -> Iterator[Any]:
+    """Yields ``write(image, [(label, probability), ...], reason or None)``; of ``top_k`` labels, None: any number.
 
     JSON lines go to standard output or a file, CSV to a file whose name ends in .csv. A file appears under its name
     only once it is whole.
     """
     if path is None:
-        yield _json_lines(sys.stdout)
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(encoding="utf-8")
+        yield _json_lines(sys.stdout, top_k)
         return
     temporary = Path(path + ".tmp")
     try:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            yield _csv(file, top_k) if path.lower().endswith(".csv") else _json_lines(file)
+            yield (_csv if path.lower().endswith(".csv") else _json_lines)(file, top_k)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _json_lines(file: TextIO) -> Any:
+def _json_lines(file: TextIO, top_k: int | None) -> Any:
+    key = "labels" if top_k is None else "top"
+
     def write(image: str, top: list[tuple[str, float]], reason: str | None) -> None:
         line: dict[str, Any] = {"image": image}
-        line.update({"top": [{"label": a, "probability": b} for a, b in top]} if reason is None else {"error": reason})
-        print(json.dumps(line), file=file)
+        line.update({key: [{"label": a, "probability": b} for a, b in top]} if reason is None else {"error": reason})
+        print(_json(line), file=file)
 
     return write
 
 
-def _csv(file: TextIO, top_k: int) -> Any:
+def _json(line: dict[str, Any]) -> str:
+    """JSON in real characters; in escapes if a file's name is no text."""
+    text = json.dumps(line, ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return json.dumps(line)
+    return text
+
+
+def _csv(file: TextIO, top_k: int | None) -> Any:
     writer = csv.writer(file)
+    if top_k is None:  # a table that --labels reads
+        writer.writerow(["image", "labels", "probabilities", "error"])
+
+        def write_all(image: str, found: list[tuple[str, float]], reason: str | None) -> None:
+            cells = [json.dumps(list(part), ensure_ascii=False) for part in zip(*found)] or ["[]", "[]"]
+            writer.writerow([image, *(cells if reason is None else ["", ""]), reason or ""])
+
+        return write_all
     columns = [f"{name}_{k}" for k in range(1, top_k + 1) for name in ("label", "probability")]
     writer.writerow(["image", *columns, "error"])
 

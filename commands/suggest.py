@@ -20,12 +20,14 @@ import yaml
 from PIL import Image
 from torch import nn
 
+from commands.estimate import run_minutes
 from config import Config, UsageError, as_usage
 from config.recipes import load_recipe
 from config.urls import is_url
 from datasets import Source, build_source
 from inputs.shards import in_threads, remote_parts
 from inputs.splits import find_split
+from inputs.views import class_counts
 from training.build import make_model, make_plan, number_of_classes
 from utils import Unreachable, write_text
 
@@ -40,15 +42,19 @@ NOT_IN_RECIPE = {"suggest", "recipe", "output_dir", "data_path", "data_set"}
 
 @dataclass(frozen=True)
 class Seen:
-    """What the rules go by: images per class, the short sides (pixels) of a sample, and names that would not open."""
+    """What the rules go by: images per class, the short sides (pixels) of a sample, and names that would not open.
+
+    ``labelled``: how many images, where they have several labels each; default: as many as the classes together.
+    """
 
     counts: list[int]
     short_sides: list[int]
     unreadable: list[str] = field(default_factory=list)
+    labelled: int | None = None
 
     @property
     def images(self) -> int:
-        return sum(self.counts)
+        return sum(self.counts) if self.labelled is None else self.labelled
 
     @property
     def median_side(self) -> int:
@@ -76,8 +82,8 @@ def suggest(config: Config, said: Collection[str]) -> str:
             if row[0] not in said:
                 rows.append(row)
                 config = replace(config, **{row[0]: row[1]})
-    make_plan(config, len(source), number_of_classes(config, source))
-    return _text(config, seen, rows)
+    plan = make_plan(config, len(source), number_of_classes(config, source))
+    return _text(config, seen, rows, run_minutes(config, plan, source))
 
 
 def write_suggestion(config: Config, said: Collection[str]) -> int:
@@ -99,7 +105,9 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     """Which folders hold training and validation images; where none validate, some are held out."""
     if config.data_path is None and not config.data_set.startswith("hfds/"):
         raise UsageError("--suggest needs --data_path: the folder that holds your images")
-    if config.data_set != "folder" or is_url(config.data_path) or config.labels or "train_split" in said:
+    if config.labels or config.data_set == "tar":
+        return _try_layouts(config, said)
+    if config.data_set != "folder" or is_url(config.data_path) or "train_split" in said:
         return []
     root = Path(config.data_path)
     with as_usage():
@@ -116,9 +124,34 @@ def find_splits(config: Config, said: Collection[str]) -> list[Row]:
     return [*rows, ("val_per_class", HELD_OUT, why)]
 
 
+def _try_layouts(config: Config, said: Collection[str]) -> list[Row]:
+    """The same for images with a table of labels, or in archives: the first of a few ways in which they can be read."""
+    tasks = [] if "task" in said else [("task", "multilabel", "images have several labels each, or none")]
+    held = (
+        "val_share",
+        "10%",
+        "there is no validation set: so many of the images are held out by a hash of their paths",
+    )
+    whole = ("train_split", ".", "the images lie in no folder of a split")
+    layouts = [[], [held], [whole, held]]
+    if {"val_split", "val_per_class", "val_share"} & {*said}:
+        layouts = [[], [whole]]
+    problem = None
+    for task in ([], tasks):
+        for layout in layouts:
+            rows = [*task, *(row for row in layout if row[0] not in said)]
+            tried = replace(config, **{key: value for key, value, _ in rows})
+            try:
+                build_source(tried, train=True)
+                build_source(tried, train=False)
+                return rows
+            except UsageError as error:
+                problem = problem or error
+    raise problem
+
+
 def look(source: Source) -> Seen:
     """Class counts of all images, and the sizes that headers state: all below 20,000, else (and at a URL) a sample."""
-    counts = np.bincount(source.labels(), minlength=len(source.classes)).tolist()
     remote = bool(remote_parts(source))
     count = len(source) if len(source) < ALL and not remote else min(SAMPLE, len(source))
     places = np.linspace(0, len(source) - 1, count, dtype=np.int64).tolist()
@@ -127,7 +160,7 @@ def look(source: Source) -> Seen:
     unreadable = [source.name(index) for index, side in zip(places, found) if side is None]
     if not sides:
         raise UsageError(f"--data_path: none of {len(unreadable)} images can be opened, among them {unreadable[0]}")
-    return Seen(counts, sides, unreadable)
+    return Seen(class_counts(source), sides, unreadable, len(source))
 
 
 def _short_side(source: Source, index: int) -> int | None:
@@ -216,7 +249,7 @@ def length(config: Config, seen: Seen) -> list[Row]:
 
 
 def baseline(config: Config, seen: Seen) -> list[Row]:
-    return [("baseline_epochs", round(1.5 * config.epochs), "the ordinary epochs that this is meant to match")]
+    return [("baseline_epochs", None, "speed-ups are told against ordinary training of the run's own length")]
 
 
 def machine(config: Config, seen: Seen) -> list[Row]:
@@ -230,7 +263,7 @@ def machine(config: Config, seen: Seen) -> list[Row]:
     return rows
 
 
-def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
+def _text(config: Config, seen: Seen, rows: list[Row], minutes: float) -> str:
     low, high = min(seen.counts), max(seen.counts)
     facts = [
         f"Suggested for {config.data_path or config.data_set}: {seen.images:,} images to train on, {len(seen.counts)} "
@@ -238,9 +271,10 @@ def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
         f"at least {seen.median_side}."
     ]
     if high > 10 * max(low, 1):
+        score = "" if config.task == "multilabel" else "top-1 accuracy is mostly that of the large ones. "
         facts.append(
-            f"The classes are unbalanced ({high / max(low, 1):.0f} to 1): top-1 accuracy is mostly that of the large "
-            "ones. Nothing here weighs them; look at the small ones' predictions before you trust it."
+            f"The classes are unbalanced ({high / max(low, 1):.0f} to 1): {score}Nothing here weighs them; look at the "
+            "small ones' predictions before you trust it."
         )
     if seen.unreadable:
         looked_at = len(seen.unreadable) + len(seen.short_sides)
@@ -248,6 +282,11 @@ def _text(config: Config, seen: Seen, rows: list[Row]) -> str:
             f"{len(seen.unreadable)} of {looked_at} files that were looked at cannot be opened, among them "
             f"{seen.unreadable[0]}. Training replaces up to --max_bad of the images (at least 10) and stops beyond."
         )
+    needed = f"{minutes:,.0f} minutes" if minutes >= 10 else f"{minutes:.1f} minutes"
+    facts.append(
+        f"On one device of this machine the run takes about {needed} ({config.epochs:g} full-size passes' worth of "
+        "compute, by a few steps and images timed just now); evaluations come on top."
+    )
     if seen.images < 100_000:
         facts.append(
             "So few images do better from pre-trained weights: --finetune hf_hub:timm/NAME (of this model), a tenth of "

@@ -21,10 +21,14 @@ _RANGES = {
     ),
     "at least 1": (
         lambda x: x >= 1,
-        "input_size eval_size batch_size num_images num_classes devices val_per_class top_k",
+        "input_size eval_size batch_size num_images devices val_per_class top_k",
     ),
+    "from 1 to 1,048,576": (lambda x: 1 <= x <= 1 << 20, "num_classes"),  # a file's; each has a name in memory
     "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
-    "from 0 to 1": (lambda x: 0 <= x <= 1, "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad"),
+    "from 0 to 1": (
+        lambda x: 0 <= x <= 1,
+        "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad threshold",
+    ),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
@@ -62,6 +66,8 @@ def check_settings(config: Config) -> None:
     _check_data(config)
     if config.task == "mae":
         _check_mae(config)
+    if config.task == "multilabel" and config.predict is None:
+        _check_multilabel(config)
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)
     for name in ("log_interval", "eval_interval"):
@@ -88,6 +94,18 @@ def _check_data(config: Config) -> None:
         raise UsageError(f"--labels is for --data_set folder and tar; {config.data_set} has labels of its own")
     if config.label_columns is not None and len(config.label_columns) not in (2, 3):
         raise UsageError(f"--label_columns is {config.label_columns}: it is [path, label] or [path, label, split]")
+
+
+def _check_multilabel(config: Config) -> None:
+    """Raises UsageError for data that cannot have several labels per image, and for what one label is needed for."""
+    for name in ("eval_data", "real_labels"):
+        if getattr(config, name):
+            raise UsageError(f"--{name} is for --task supervised: it scores the one class of each image")
+    if config.data_set not in ("folder", "tar") or (config.data_set == "folder" and config.labels is None):
+        raise UsageError(
+            f"--task multilabel with --data_set {config.data_set} needs several labels per image: name their table "
+            "with --labels (or use --data_set tar, whose .json files may list them)"
+        )
 
 
 def parse_share(value: float | str) -> float:

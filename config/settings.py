@@ -39,6 +39,8 @@ class RunConfig:
     """--predict: write to this file instead; CSV if its name ends in .csv."""
     top_k: Free[int] = 5
     """--predict: classes per image."""
+    threshold: Free[float] = 0.5
+    """--predict with a model of --task multilabel: labels of at least this probability are given."""
     eval_size: Learned[int | None] = None
     """Input size of every evaluation; default: the stage's, and the base size in the last stage."""
     plan: Free[Literal["none", "table", "json", "picture"]] = "none"
@@ -102,7 +104,8 @@ class DataConfig:
     label_columns: Free[list[str] | None] = None
     """--labels: names of these columns, [path, label] or [path, label, split]; default: the usual names."""
     label_separator: Free[str | None] = None
-    """--labels: what separates several labels of one image; lists and repeated rows state several, too."""
+    """--labels: what separates several labels of one image (--task multilabel), e.g. "|"; lists, repeated rows and a
+    column of 0 and 1 for each class state several, too."""
     label_key: Free[str] = "label"
     """--data_set tar: key of the label in the .json files of WebDataset's or img2dataset's shards."""
     cache_dir: Free[str | None] = None
@@ -149,8 +152,9 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    task: Shape[Literal["supervised", "mae"]] = "supervised"
-    """What is learnt: classes, or (mae) to fill in what is masked of an image, for fine-tuning later."""
+    task: Shape[Literal["supervised", "multilabel", "mae"]] = "supervised"
+    """What is learned: one class per image, any number of labels per image (multilabel; from --labels or the .json
+    files of tar shards), or (mae) to fill in what is masked of an image, for fine-tuning later."""
     model: Shape[str] = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
     input_size: Planned[int] = 224
@@ -201,8 +205,8 @@ class CurriculumConfig:
     """The magnitude at the end, 0 to 10."""
     operator: Planned[Literal["fourier", "lanczos", "bicubic", "bilinear", "nearest"] | None] = None
     """How images are reduced to B; default: the curriculum's (efficienttrain fourier, efficienttrain++ lanczos)."""
-    baseline_epochs: Free[float] = 300
-    """Ordinary epochs that printed speed-ups compare with."""
+    baseline_epochs: Free[float | None] = None
+    """Ordinary epochs that printed speed-ups compare with; default: the run's own --epochs."""
     early_large_batch: Planned[bool] = False
     """Larger batches at small sizes, (base/B)^2 rounded to a power of two times --batch_size (ET++ Section 5.3)."""
     lr_rule: Learned[Literal["sqrt", "linear"]] = "sqrt"
@@ -258,7 +262,7 @@ class AugmentConfig:
     mixup_switch_prob: Learned[float] = 0.5
     """Probability of CutMix when both are on."""
     smoothing: Learned[float] = 0.1
-    """Label smoothing."""
+    """Label smoothing (--task supervised)."""
     reprob: Learned[float] = 0.25
     """Probability of random erasing."""
     hflip: Learned[float] = 0.5

@@ -79,12 +79,13 @@ class Finish:
         """Finishes a training batch of ``len(seeds)`` groups.
 
         Args:
-            images: uint8 (N, 3, S, S), S the base size under ``fourier``, else ``size``. targets: int64 (N,).
+            images: uint8 (N, 3, S, S), S the base size under ``fourier``, else ``size``. targets: int64 (N,), or
+                float (N, classes) of images with several labels, which are mixed as they are (no smoothing).
             size: input size B. seeds: one per group. group_size: images per group.
             radius: of the disc that is kept of the spectrum, cycles per image side; None keeps all of it.
             mixing: factor on both alphas; 0: no mixing.
         Returns:
-            float32 images (N, 3, size, size), and soft targets (N, num_classes), or the integer ones without mixing.
+            float32 images (N, 3, size, size), and soft targets (N, num_classes), or those given without mixing.
         Raises:
             ValueError: N is not len(seeds) * group_size, groups are odd while images are mixed, or S is not as said.
         """
@@ -112,7 +113,7 @@ class Finish:
         if radius is not None:
             images = self._low_pass(images, radius)
         if mixed:
-            targets = self._soft(targets)
+            targets = targets if targets.is_floating_point() else self._soft(targets)
             mix(images, targets, choices[count:])
         return images, targets
 

@@ -53,7 +53,8 @@ class Labelled(View):
             both = " and ".join(table.classes[number] for number in number_of[image_of == twice[0]][:2])
             raise ValueError(
                 f"--labels {table.name}: {len(twice)} images have rows with different labels, the first is "
-                f"{source.relative(int(twice[0]))}: {both}; a classifier takes one label of each image"
+                f"{source.relative(int(twice[0]))}: {both}; several labels of one image need "
+                "--task multilabel"
             )
         present = [table.classes[number] for number in np.unique(number_of)]
         names = list(classes) if classes is not None else natural(present)

@@ -11,7 +11,7 @@ from inputs.formats import listed
 from inputs.labelled import Labelled
 from inputs.names import order_of
 from inputs.shards import in_threads
-from inputs.views import Joined, Source, View
+from inputs.views import Joined, Source, View, class_counts
 from utils import Unreachable
 
 SAMPLE = 1000  # images whose headers are read; of fewer, every one
@@ -25,7 +25,7 @@ def describe(train: Source, val: Source, how: str) -> str:
         f"data: {len(train):,} training and {len(val):,} validation images ({how})",
         f"{len(names):,} classes in {order_of(names)}: {some}",
     ]
-    without = [name for name, count in zip(names, _counts(val)) if not count]
+    without = [name for name, count in zip(names, class_counts(val)) if not count]
     if without:
         lines.append(f"{len(without):,} of them without a validation image: {_first(without)}")
     seen = set()
@@ -86,11 +86,6 @@ def _roots(source: Source) -> Iterator[Source]:
         yield from _roots(source.source)
     elif hasattr(source, "contents"):
         yield source
-
-
-def _counts(source: Source) -> list[int]:
-    labels = source.labels()
-    return (np.bincount(labels, minlength=len(source.classes)) if labels.ndim == 1 else labels.sum(0)).tolist()
 
 
 def _first(names: list[str]) -> str:

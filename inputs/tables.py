@@ -44,8 +44,8 @@ class Table:
         for row in rows():
             if len(row.labels) > 1 and not several:
                 raise ValueError(
-                    f"--labels {name}: {row.path} has {len(row.labels)} labels ({', '.join(row.labels[:3])}), but a "
-                    "classifier takes one of each image"
+                    f"--labels {name}: {row.path} has {len(row.labels)} labels ({', '.join(row.labels[:3])}), but "
+                    "--task supervised takes one of each image: learn them all with --task multilabel"
                 )
             numbers.extend(classes.setdefault(label, len(classes)) for label in row.labels)
             starts.append(len(numbers))
@@ -101,21 +101,41 @@ def _cached(path: Path, stamp: int, columns: tuple | None, separator: str | None
 
 
 def _rows(path: Path, columns: tuple | None, separator: str | None, several: bool) -> Iterator[Row]:
-    records = _records(path)
     places = None
-    for number, record in enumerate(records, 1):
-        places = places or _places(path, list(record), columns)
+    for number, record in enumerate(_records(path), 1):
+        places = places or _places(path, list(record), columns, several)
         value = record.get(places["path"])
         if value is None or value == "":
             raise ValueError(f"--labels {path}: row {number} has no {places['path']}")
         split = record.get(places["split"]) if places["split"] else ""
-        labels = _labels(record.get(places["label"]), separator, several)
+        if places["label"] is None:
+            labels = _marked(path, number, record, {places["path"], places["split"]})
+        else:
+            labels = _labels(record.get(places["label"]), separator, several)
         if labels is None:
             raise ValueError(
                 f"--labels {path}: row {number} has {places['label']} {record[places['label']]!r}: a label is a text "
                 "or a whole number"
             )
         yield Row(str(value), labels, "" if split is None else str(split))
+
+
+def _marked(path: Path, number: int, record: dict[str, Any], others: set[str | None]) -> list[str]:
+    """The labels of a row with a column of 0 and 1 for each class."""
+    marked = []
+    for name, value in record.items():
+        if name not in others:
+            mark = {"0": False, "0.0": False, "": False, "1": True, "1.0": True}.get(str(value).strip())
+            if isinstance(value, bool):
+                mark = value
+            if mark is None:
+                raise ValueError(
+                    f"--labels {path}: row {number} has {name} {value!r}: without a column of labels each column is a "
+                    "class, marked 0 or 1; name the columns of paths and labels with --label_columns"
+                )
+            if mark:
+                marked.append(name)
+    return marked
 
 
 def _labels(value: Any, separator: str | None, several: bool) -> list[str] | None:
@@ -188,8 +208,8 @@ def _parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"--labels {path} cannot be read: {' '.join(str(error).split())}") from None
 
 
-def _places(path: Path, names: list[str], columns: tuple | None) -> dict[str, str | None]:
-    """Which column of ``names`` holds path, label and split (None: no such column)."""
+def _places(path: Path, names: list[str], columns: tuple | None, several: bool) -> dict[str, str | None]:
+    """Which column of ``names`` holds path, label and split (None: no such column; without labels each is a class)."""
     if columns:
         for name in columns:
             if name not in names:
@@ -200,7 +220,7 @@ def _places(path: Path, names: list[str], columns: tuple | None) -> dict[str, st
         what: next((lower[usual] for usual in words.split() if usual in lower), None) for what, words in COLUMNS.items()
     }
     for what in ("path", "label"):
-        if found[what] is None:
+        if found[what] is None and not (what == "label" and several and found["path"]):
             raise ValueError(
                 f"--labels {path}: none of its columns ({', '.join(names)}) has a usual name for the {what}: name them "
                 "with --label_columns '[path, label]' or '[path, label, split]'"

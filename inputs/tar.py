@@ -75,7 +75,9 @@ class TarIndex:
         self._labels = np.array([number[name] for name in names])
         self.several = several
         if self._index.meta["several"] and not several:
-            raise ValueError(f"--data_path: images of {root} have several labels each; a classifier takes one")
+            raise ValueError(
+                f"--data_path: images of {root} have several labels each: learn them with --task multilabel"
+            )
 
     def __len__(self) -> int:
         return len(self._index.arrays[0])

@@ -144,6 +144,21 @@ def several_labels(source: Source) -> bool:
     return getattr(source, "several", False)
 
 
+def class_counts(source: Source) -> list[int]:
+    """Images of each class."""
+    labels = source.labels()
+    return (np.bincount(labels, minlength=len(source.classes)) if labels.ndim == 1 else labels.sum(0)).tolist()
+
+
+def targets(label: int | tuple[int, ...], classes: int) -> int | np.ndarray:
+    """What is learned of an image: its class number, or float32 (classes,) with 1 for each of several labels."""
+    if not isinstance(label, tuple):
+        return label
+    hot = np.zeros(classes, dtype=np.float32)
+    hot[list(label)] = 1
+    return hot
+
+
 def _relabelled(label: int | tuple[int, ...], relabel: np.ndarray) -> int | tuple[int, ...]:
     if isinstance(label, tuple):
         return tuple(sorted({int(relabel[k]) for k in label if relabel[k] >= 0}))

@@ -169,9 +169,7 @@ def verify_own(path: str | Path) -> None:
 
 def _upgrade(payload: dict[str, Any]) -> dict[str, Any]:
     """Brings an earlier format to the present one; what it did not record is None."""
-    if payload["format_version"] < 2:
-        payload.update(input_size=None, identity=None)
-    return payload
+    return {"input_size": None, "identity": None, **payload}
 
 
 def newest(folder: Path, counts: Callable[[dict[str, Any]], bool] | None = None) -> tuple[Path, dict[str, Any]] | None:

@@ -25,9 +25,10 @@ class Optimizer(TypedDict):
 
 
 class Best(TypedDict, total=False):
-    """The best evaluation so far."""
+    """The best evaluation so far, by the task's score; empty for a task that has none."""
 
-    acc1: Required[float]
+    acc1: float
+    map: float
     step: Count
     weights: Literal["model", "model_ema"]
     eval_size: Count
@@ -100,6 +101,8 @@ def check_fields(payload: dict[str, Any]) -> None:
             raise ValueError(str(error).replace("`$", f"`{place}").replace("`.", "`")) from None
         except RecursionError:
             raise ValueError("it is nested too deeply") from None
+        except (AttributeError, TypeError):  # msgspec takes a tensor for a mapping
+            raise ValueError("it holds a tensor where it must hold a mapping") from None
     for key in ("model", "model_ema", "optimizer"):
         if not all(is_ordinary(tensor) for tensor in _tensors(payload[key])):
             raise ValueError(f"`{key}` holds a tensor that is not an ordinary, dense one")

@@ -36,12 +36,12 @@ ELSEWHERE = {
     "main.py": "channels_last finetune linear_probe head_init_scale mean std allow_change compile seed device "
     "deterministic tf32 eval predict suggest doctor plan output_dir",
     "datasets.py": "data_set data_path train_split val_split val_per_class val_share class_map labels label_columns "
-    "label_separator label_key",
+    "label_separator label_key cache_dir cache_size",
     "training/session.py": "output_dir save_interval keep_checkpoints timeout stop_after eval_interval log_interval",
     "training/resume.py": "resume auto_resume output_dir",
     "training/validation.py": "eval_size crop_pct",
     "commands/evaluate.py": "mean std crop_pct eval_data real_labels",
-    "commands/predict.py": "crop_pct predict predict_to top_k",
+    "commands/predict.py": "crop_pct predict predict_to top_k threshold",
     "commands/plan.py": "num_images devices speeds baseline_epochs",
 }
 MUTATIONS = [(setting, "training/build.py") for setting in BUILD.split()]

@@ -45,7 +45,7 @@ DEFAULTS = {
     "mixup_switch_prob": 0.5,
     "smoothing": 0.1,
     "reprob": 0.25,
-    "baseline_epochs": 300,
+    "baseline_epochs": None,
     "crop_pct": 0.875,
     "max_magnitude": 9.0,
     "auto_resume": True,

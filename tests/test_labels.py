@@ -161,7 +161,7 @@ def test_more_that_is_refused(tmp_path):
         ("x.json", "{", "cannot be read"),
         ("x.jsonl", "3\n", "no row with a path"),
         ("y.jsonl", '{"path": "a.jpg", "label": 1.5}\n', "row 1 has label 1.5"),
-        ("z.jsonl", '{"path": "a.jpg", "label": ["x", "y"]}\n', "has 2 labels.*classifier takes one"),
+        ("z.jsonl", '{"path": "a.jpg", "label": ["x", "y"]}\n', "has 2 labels.*--task multilabel"),
     ):
         if content is not None:
             (tmp_path / name).write_text(content)

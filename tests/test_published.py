@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets
 
-from config import DataConfig
+from config import Config
 from datasets import build_source
 from inputs.decode import decode
 
@@ -84,7 +84,7 @@ def dogs(tmp_path):
 
 
 def sources(**settings):
-    config = DataConfig(**{key: str(value) for key, value in settings.items()})
+    config = Config(**{key: str(value) for key, value in settings.items()})
     return build_source(config, train=True), build_source(config, train=False)
 
 

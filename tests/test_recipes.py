@@ -16,6 +16,7 @@ from string import Template
 import pytest
 import yaml
 
+from commands.plan import baseline
 from config import Config, load_curriculum, load_recipe
 from config.command_line import parse_config
 from curriculum import build_plan, summarize
@@ -235,7 +236,7 @@ def compare(names) -> list[tuple[str, str, str, float, float, bool]]:
         plan = plan_of(config)
         counted = {size: costs(config, size)[0] for size in (config.input_size, *(s.input_size for s in plan.stages))}
         params = costs(config, config.input_size)[1]
-        total = summarize(plan, config.baseline_epochs, counted, params)["total"]
+        total = summarize(plan, baseline(config), counted, params)["total"]
         for row in config.rows:
             want = PAPERS[row]
             printed = want.get("speedup", {})
@@ -287,7 +288,7 @@ def test_a_wrong_stage_is_noticed():
     config = resolve("in1k/swin_tiny_et300.yaml")
     config.curriculum = "none"
     plan = plan_of(config)
-    total = summarize(plan, config.baseline_epochs, {224: flops(config.model, 224)[0]})["total"]
+    total = summarize(plan, baseline(config), {224: flops(config.model, 224)[0]})["total"]
     assert abs(total["speedup_flops"] - PAPERS["iccv.t6.swin_tiny"]["speedup"]["compute"]) > 0.5
 
 

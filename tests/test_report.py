@@ -49,7 +49,8 @@ def test_report_of_a_finished_run(train):
     records = run.log()
     best = max(max(r["test_acc1"], r["test_acc1_ema"]) for r in records if r.get("eval_size") == 64)
     assert f"done 2 epochs, {plan['total']['steps']} optimizer steps {best:.2f} % best top-1 at 64 pixels" in page.text
-    assert page.tags.count("img") == 4 and page.tags.count("table") == 3
+    wrong = json.loads((run.output / "validation.json").read_text(encoding="utf-8"))["worst"]
+    assert page.tags.count("img") == 4 + len(wrong) and page.tags.count("table") == 5
     assert page.tags.count("script") == 0
     assert all(link.startswith("data:") for link in page.links)  # one page, no network
     for words in ("tiny_models:convnet · efficienttrain++", "batch_size 8 4096", "validation, average", "torch"):
@@ -142,3 +143,69 @@ def test_a_browser_shows_it_without_complaint(train, tmp_path):
     assert not complaints(page)
     pixels = np.asarray(Image.open(shot).convert("L"))
     assert pixels.shape == (2600, 1400) and (pixels < 100).mean() > 0.002 and pixels.std() > 5
+
+
+def test_classes_confusions_and_the_most_wrong_images(train, folder):
+    """validation.json and the page against a model that is asked again, image by image."""
+    from datasets import eval_loader
+    from inputs.finish import Finish
+    from inputs.readers import open_source
+    from inputs.transforms import EvalTransform
+    from models import create_model
+
+    run = train(epochs=1)
+    source = open_source("folder", folder, "val", part="val")
+    model = create_model("tests.tiny_models:convnet", 3, 64).eval()
+    model.load_state_dict(run.state()["model"])
+    with torch.no_grad():
+        loader = eval_loader(source, EvalTransform(64, 64, "lanczos"), 4, 0, 1, 0, False)
+        logits = torch.cat([model(Finish(3).evaluate(images, 64)) for images, _, _ in loader])
+    labels = torch.tensor(source.labels()).long()
+    answers, losses = logits.argmax(1), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+    found = json.loads((run.output / "validation.json").read_text(encoding="utf-8"))
+    assert found["images"] == 15 and found["step"] == run.log()[-1]["step"]
+    for k, line in enumerate(found["classes"]):
+        mine = answers[labels == k]
+        expected = {"name": f"class_{k}", "images": 5, "acc1": 100 * (mine == k).double().mean().item()}
+        assert line == {**expected, "training_images": 16}
+    wrong = [(f"class_{a}", f"class_{b}") for a, b in zip(labels.tolist(), answers.tolist()) if a != b]
+    pairs = {(pair["label"], pair["predicted"]): pair["images"] for pair in found["confusions"]}
+    assert wrong and pairs == {pair: wrong.count(pair) for pair in wrong}
+    missed = [i for i in losses.argsort(descending=True).tolist() if answers[i] != labels[i]][:12]
+    assert [line["image"] for line in found["worst"]] == [source.name(i) for i in missed]
+    page = Page(run.output / "report.html")
+    assert page.tags.count("img") == 4 + len(missed) and "fewer than 20 training images: class_0 (16)" in page.text
+    found["worst"][0]["thumbnail"] = "https://example.org/x.png"  # nothing in the file leads out of the page
+    for content in ({"classes": 3}, found):
+        (run.output / "validation.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=r"validation\.json is not what a run writes"):
+            write_report(run.output)
+
+
+def test_transparent_images_keep_their_transparency(tmp_path):
+    import base64
+    import io
+
+    from training.findings import thumbnail
+
+    half = Image.new("RGBA", (400, 200), (255, 0, 0, 255))
+    half.paste((0, 0, 0, 0), (0, 0, 200, 200))
+    for image, mode in ((half, "RGBA"), (half.convert("RGB"), "RGB")):
+        file = io.BytesIO()
+        image.save(file, "png")
+        small = Image.open(io.BytesIO(base64.b64decode(thumbnail(file.getvalue()).split(",")[1])))
+        assert small.mode == mode and small.size == (160, 80)
+        assert mode == "RGB" or (small.getpixel((10, 10))[3], small.getpixel((150, 10))[3]) == (0, 255)
+
+
+def test_charts_clip_a_first_loss_and_mark_stages():
+    from training.charts import Series, chart, clipped_top
+
+    falling = [12.0, 2.0, 1.8, 1.7, 1.6, 1.55, 1.5]
+    assert clipped_top(falling) == 2.0 and clipped_top([2.3, 2.0, 1.8, 1.7, 1.6]) == 2.3 and clipped_top([5.0]) == 5.0
+    assert clipped_top([7.0, 6, 5, 4, 3, 2.5, 2.2, 2]) == 7.0  # a loss that falls gradually is shown whole
+    points = list(enumerate(falling))
+    svg = chart("Loss", [Series("loss", points)], "x", "y", marks=(2.0, 4.0, 99.0), clip=True)
+    assert "Loss; 1 value up to 12 cut off" in svg and svg.count("stroke-dasharray") == 2
+    plain = chart("Loss", [Series("loss", points)], "x", "y")
+    assert "cut off" not in plain and "stroke-dasharray" not in plain

@@ -258,7 +258,7 @@ def test_shell_scripts_pass_shellcheck(script):
 # --- requirements.txt
 
 IMPORT_NAMES = {"pillow": "PIL", "opencv-python-headless": "cv2", "pyyaml": "yaml", "scikit-image": "skimage"}
-IMPORT_NAMES |= {"docstring-parser": "docstring_parser"}
+IMPORT_NAMES |= {"docstring-parser": "docstring_parser", "scikit-learn": "sklearn"}
 NOT_IMPORTED = {"six", "ruff", "pytest-xdist"}
 NOT_IMPORTED |= {"scikit-image", "matplotlib", "scipy", "onnx", "onnxscript", "onnxruntime"}  # used inside functions
 

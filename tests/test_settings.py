@@ -35,6 +35,7 @@ from models import load_weights
 from training.build import make_batches, make_finish, make_train_set
 
 CPU = utils.Topology(0, 1, torch.device("cpu"))
+TRAIN = main.train  # some cases put another in its place
 MAE = {"model": "test_vit", "task": "mae", "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "magnitude": "none"}
 VIT = {"model": "test_vit"}
 UNMIXED = {"mixup": 0.0, "cutmix": 0.0}
@@ -102,7 +103,8 @@ class Parts:
         hook = next(part for part in self.model.modules() if isinstance(part, torch.nn.Conv2d))
         hook.register_forward_hook(lambda module, inputs, output: seen.append(output))
         images = torch.zeros(4, 3, size, size, dtype=torch.uint8)
-        forward_loss(training, images, torch.zeros(4, dtype=torch.int64), record, 0, range(1))
+        images, targets = training.finish.train(images, torch.zeros(4).long(), record.input_size, [0], 4)
+        forward_loss(training, images, targets, 0, range(1), [0])
         return seen[0].dtype, is_last(seen[0])
 
 
@@ -131,7 +133,7 @@ def checkpoint(folder, tmp_path_factory):
     """A run that was stopped in the middle of a pass, at step 4."""
     output = tmp_path_factory.mktemp("begun")
     settings = {"model_ema": True, "stop_after": "4 steps", "data_path": str(folder), "output_dir": str(output)}
-    assert main.train(Config(**{**TINY, **settings}), CPU) == 0
+    assert TRAIN(Config(**{**TINY, **settings}), CPU) == 0
     return str(output / "checkpoint-last.pth")
 
 
@@ -368,7 +370,7 @@ wired("train_split", "val", lambda p: len(p.source), 15)
 wired("val_split", "train", lambda p: len(p.held_out), 48)
 wired("val_per_class", 1, lambda p: len(p.source) + len(p.held_out), 48)
 wired("val_share", "10%", lambda p: len(p.source) + len(p.held_out), 48)
-wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None))
+wired("labels", "table.csv", lambda p: opened(p)["table"], ("table.csv", None, None, False))
 wired("label_columns", ["a", "b"], lambda p: opened(p)["table"][1], labels="table.csv")
 wired("label_separator", "|", lambda p: opened(p)["table"][2], labels="table.csv")
 wired("label_key", "species", lambda p: opened(p)["key"])
@@ -379,7 +381,7 @@ def opened(p):
     taken = {}
     tables, sources = datasets.read_table, datasets.open_source
     datasets.read_table = lambda *arguments: arguments
-    datasets.open_source = lambda *arguments: (
+    datasets.open_source = lambda *arguments, **more: (
         taken.update(table=arguments[5], key=arguments[6]) or sources(*arguments[:5])
     )
     try:
@@ -454,7 +456,7 @@ def _(make):
 
 @special("resume")
 def _(make):
-    assert make(resume=make.checkpoint).training.step == 4
+    assert make(resume=make.checkpoint, model_ema=True).training.step == 4
     assert make().training.step == 0
 
 
@@ -469,8 +471,23 @@ def _(make):
 @special("allow_change")
 def _(make):
     with pytest.raises(ValueError, match="seed was 0 and is 1"):
-        assert make(resume=make.checkpoint, seed=1).training
-    assert make(resume=make.checkpoint, seed=1, allow_change="seed").training.step == 4
+        assert make(resume=make.checkpoint, model_ema=True, seed=1).training
+    assert make(resume=make.checkpoint, model_ema=True, seed=1, allow_change="seed").training.step == 4
+
+
+def cached(p):
+    """What the source of shards is given of the local cache."""
+    taken, sources = {}, datasets.open_source
+    datasets.open_source = lambda *arguments, **more: taken.update(more) or sources(*arguments)
+    try:
+        assert len(p.source) == 48
+    finally:
+        datasets.open_source = sources
+    return taken
+
+
+wired("cache_dir", "somewhere", lambda p: cached(p)["cache_dir"])
+wired("cache_size", 0.5, lambda p: cached(p)["cache_size"], 0.5e9)
 
 
 @special("rows")
@@ -567,6 +584,16 @@ def _(make):
 @special("top_k")
 def _(make):
     assert {len(line["top"]) for line in labelled(make, top_k=2)} == {2}
+
+
+@special("threshold")
+def _(make):
+    for threshold, count in ((0.0, 3), (1.0, 0)):
+        where = {"resume": make.checkpoint, "predict": str(make.folder / "val"), "task": "multilabel"}
+        make.capsys.readouterr()
+        assert predict(make(**where, threshold=threshold).config, {"task", "model"}, CPU) == 0
+        lines = make.capsys.readouterr().out.splitlines()
+        assert {len(json.loads(line)["labels"]) for line in lines} == {count}
 
 
 def planned(p):

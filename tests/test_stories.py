@@ -67,6 +67,7 @@ def test_tutorial(follow, tmp_path, monkeypatch):
         (tmp_path / f"herbarium/IMG_{k:04d}{path.suffix}").write_bytes(path.read_bytes())
     (tmp_path / "herbarium/labels.csv").write_text("\n".join(rows))
     shard = pack([(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in photos])
+    write_shots(tmp_path, rng)
     with s3_server(monkeypatch.setenv) as client:
         client.create_bucket(Bucket="my-bucket")
         client.put_object(Bucket="my-bucket", Key="photos/photos-000.tar", Body=shard)
@@ -83,9 +84,10 @@ def test_tutorial(follow, tmp_path, monkeypatch):
     log = [json.loads(line) for line in (tmp_path / "output/photos/log.txt").read_text().splitlines()]
     assert sorted({record["input_size"] for record in log}) == [32, 48, 64]
     assert (tmp_path / "output/photos/report.html").stat().st_size > 10_000
-    evaluated = [json.loads(text) for line, text in said.items() if "--eval" in line]
+    evaluated = [json.loads(text) for line, text in said.items() if "--eval" in line and "photos" in line]
     assert [line["eval_size"] for line in evaluated] == [64, 96] and evaluated[0]["images"] == 2 + 2 + 1
-    assert evaluated[0]["acc1"] == pytest.approx(max(record.get("test_acc1", 0) for record in log))
+    at_64 = [record["test_acc1"] for record in log if record.get("eval_size") == 64]
+    assert evaluated[0]["acc1"] == pytest.approx(max(at_64))
     (labels,) = (text for line, text in said.items() if "--top_k 2" in line)
     labels = [json.loads(line) for line in labels.splitlines()]
     assert len(labels) == 3 and all({top["label"] for top in line["top"]} < {"cat", "dog", "newt"} for line in labels)
@@ -100,6 +102,34 @@ def test_tutorial(follow, tmp_path, monkeypatch):
     timm.create_model("resnet18", num_classes=3, checkpoint_path=str(tmp_path / "photos.safetensors"))(
         torch.zeros(1, 3, 64, 64)
     )
+
+    # Several labels
+    assert "task: multilabel" in (tmp_path / "output/shots/recipe.yaml").read_text()
+    (scored,) = (json.loads(text) for line, text in said.items() if "--eval" in line and "shots" in line)
+    log = [json.loads(line) for line in (tmp_path / "output/shots/log.txt").read_text().splitlines()]
+    at_base = [record["test_map"] for record in log if record.get("eval_size") == log[-1]["eval_size"]]
+    assert scored["map"] == pytest.approx(max(at_base))
+    assert set(scored["ap"]) == {"red", "green"}
+    (labels,) = (text for line, text in said.items() if "--threshold 0.3" in line)
+    for line in map(json.loads, labels.splitlines()):
+        assert all(label["probability"] >= 0.3 for label in line["labels"])
+
+
+def write_shots(root, rng):
+    """Images with a red half, a green half, both or neither, and their table."""
+    rows = ["path,labels"]
+    for k in range(44):
+        image = Image.effect_noise((70, 66), 60).convert("RGB")
+        names = [name for name in ("red", "green") if rng.random() < 0.5]
+        for name in names:
+            image.paste(
+                {"red": (200, 0, 0), "green": (0, 200, 0)}[name], (0, 0, 35, 66) if name == "red" else (35, 0, 70, 66)
+            )
+        folder = root / ("shots" if k < 40 else "new_shots")
+        folder.mkdir(exist_ok=True)
+        image.save(folder / f"{k:04d}.jpg")
+        rows += [f"{k:04d}.jpg,{'|'.join(names)}"] * (k < 40)
+    (root / "shots.csv").write_text("\n".join(rows) + "\n")
 
 
 def test_contributing(follow, tmp_path, main_program):

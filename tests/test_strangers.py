@@ -4,17 +4,16 @@ import copy
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 import zlib
 
 import pytest
 import torch
-from conftest import ROOT, checkpoint_fields, flags, script
+from conftest import checkpoint_fields, flags, script
 from test_faults_fuzz import sign
 
-from config import UsageError, load_recipe
+from config import Config, UsageError, load_recipe, plain
 from inputs import index_file
 from inputs.folder import FolderIndex
 from models import checkpoints, create_model, load_weights
@@ -23,6 +22,7 @@ from models.export import main as export
 from models.schema import check_fields
 from training.optimizer_state import load_optimizer_state
 from training.report import write_report
+from training.run_files import read_settings
 
 OTHER = ["text", -1, 2**70, 1.5, float("nan"), True, None, [], [1], {}, {"a": 1}, {1: 2}, torch.ones(2), [[["x"]]]]
 
@@ -150,8 +150,8 @@ FIELDS += [("best", "weights"), ("optimizer", "state"), ("optimizer", "param_gro
 
 @pytest.mark.parametrize("field", FIELDS, ids="-".join)
 def test_a_field_of_another_type_is_one_line(ours, predict, field):
-    """Every field x many values: the answer, or one line; the extended run asks every command."""
-    refused = 0
+    """Every field x many values: refused with one line, or used for an answer (tried for the first three)."""
+    refused = tried = 0
     for number, value in enumerate(OTHER):
         path = ours(f"field-{'-'.join(field)}-{number}", put(*field, value=value))
         try:
@@ -159,6 +159,9 @@ def test_a_field_of_another_type_is_one_line(ours, predict, field):
         except BadCheckpoint as error:
             assert "\n" not in str(error) and str(path) in str(error)
             refused += 1
+            continue
+        tried += 1
+        if tried > 3 and not (isinstance(value, int) and value > 1 << 60):  # 2**70 took all memory once
             continue
         code, out, err = predict(path)
         assert code == 0 or (code == 1 and sum(line.startswith("error: ") for line in err.splitlines()) == 1), err
@@ -289,8 +292,8 @@ def test_towers_of_recipes_are_read_once(tmp_path):
 
 @pytest.mark.parametrize("where", ["recipe", "resume", "finetune", "predict", "class_map", "speeds", "curriculum"])
 @pytest.mark.parametrize("kind", ["fifo", "device"])
-def test_what_is_no_file_is_not_read(tmp_path, folder, ours, where, kind):
-    """Wherever a file may be given: a FIFO that nobody writes, or a device without an end. In a process of its own."""
+def test_what_is_no_file_is_not_read(tmp_path, folder, ours, main_program, capsys, where, kind):
+    """Wherever a file may be given: a FIFO that nobody writes, or a device without an end."""
     path = tmp_path / ("x.jpg" if where == "predict" else "x.yaml" if where == "curriculum" else "x")
     os.mkfifo(path) if kind == "fifo" else path.symlink_to("/dev/zero")
     argv = flags(output_dir=tmp_path / "out", data_path=folder, epochs=1)
@@ -298,11 +301,23 @@ def test_what_is_no_file_is_not_read(tmp_path, folder, ours, where, kind):
         argv = ["--resume", str(ours()), "--device", "cpu"]
     if where == "speeds":
         argv += ["--plan", "table"]
-    argv += [f"--{where}", str(path)]
-    command = [sys.executable, "-c", "import sys; from main import main; sys.exit(main(sys.argv[1:]))", *argv]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode in (1, 2) and "Traceback" not in done.stderr, done.stderr
-    assert any(line.startswith("error: ") for line in done.stderr.splitlines())
+    late = []
+
+    def too_long(*_):
+        late.append(True)  # whoever catches the error
+        raise AssertionError("it waits, or reads without end")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(30)
+    try:
+        code = main_program([*argv, f"--{where}", str(path)])
+    except SystemExit as stop:
+        code = stop.code
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    err = capsys.readouterr().err
+    assert not late and code in (1, 2) and any(line.startswith("error: ") for line in err.splitlines()), err
 
 
 # ---- the index of images ---------------------------------------------------------------------------------------------
@@ -408,6 +423,25 @@ def test_a_poisoned_run_folder_is_one_line(run, tmp_path, capsys, name, poison):
     except SystemExit as stop:
         code = stop.code
     assert code in (1, 2)
+
+
+@pytest.mark.parametrize(
+    "place", [("input_size",), ("identity",), ("config", "micro_batch"), ("config", "forward_batch")]
+)
+def test_a_run_resumes_without_what_a_checkpoint_need_not_hold(run, folder, tmp_path, main_program, place):
+    content = checkpoints.load(run / "checkpoint-last.pth")
+    part = content
+    for key in place[:-1]:
+        part = part[key]
+    part.pop(place[-1])
+    checkpoints.save(tmp_path / "x.pth", content)
+    argv = flags(output_dir=tmp_path / "out", data_path=folder, epochs=1, resume=tmp_path / "x.pth", micro_batch=None)
+    assert main_program(argv) == 0
+
+
+def test_settings_that_a_file_does_not_state_are_the_defaults(tmp_path):
+    (tmp_path / "config.yaml").write_text("epochs: 3\n")
+    assert read_settings(tmp_path) == {**plain(Config()), "epochs": 3}
 
 
 def test_nothing_of_a_file_runs_in_the_report(run, tmp_path):

@@ -1,6 +1,7 @@
 """--suggest: rules that agree with what the papers and the demo found; folders of any layout; a recipe that runs."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -97,7 +98,7 @@ def test_what_is_said_is_kept(folder):
     text = suggest(config, {"data_path", "model", "input_size", "lr", "epochs", "suggest"})
     settings = settings_of(text)
     assert (settings["model"], settings["input_size"], settings["lr"]) == ("tests.tiny_models:plain", 224, 0.5)
-    assert settings["baseline_epochs"] == 450 and "suggest" not in settings
+    assert settings["baseline_epochs"] is None and "suggest" not in settings
     assert text.count("as you said") == 1  # one reason for all of them
 
 
@@ -170,3 +171,40 @@ def test_the_recipe_is_written_and_runs(photos, tmp_path, main_program, capsys):
     run = Run(tmp_path / "run")
     held = len(build_source(Config(data_path=str(photos), train_split=".", val_per_class=HELD_OUT), train=False))
     assert 1 <= held <= 15 and run.state()["classes"] == ["cat", "dog", "newt"] and run.log()[-1]["eval_images"] == held
+
+
+def test_tables_and_several_labels(tmp_path):
+    """What --suggest proposes for a table is what builds: its split, its task."""
+    rng = random.Random(0)
+    rows = []
+    (tmp_path / "images").mkdir()
+    for k in range(60):
+        Image.effect_noise((70, 80), 60).save(tmp_path / "images" / f"{k}.png")
+        rows.append((f"{k}.png", rng.choice(["a", "b"]), "a|b" if k % 3 else "b"))
+    (tmp_path / "one.csv").write_text("path,label\n" + "".join(f"{a},{b}\n" for a, b, _ in rows))
+    (tmp_path / "many.csv").write_text("path,label\n" + "".join(f"{a},{c}\n" for a, _, c in rows))
+    for table, extra, task in (("one.csv", {}, None), ("many.csv", {"label_separator": "|"}, "multilabel")):
+        given = {"data_path": str(tmp_path / "images"), "labels": str(tmp_path / table), **extra}
+        text = suggest(Config(**given), set(given))
+        settings = settings_of(text)
+        assert (settings.get("task"), settings["val_share"]) == (task, "10%")
+        assert settings["labels"] == given["labels"]
+        built = Config(**{key: value for key, value in settings.items() if key in Config.__dataclass_fields__})
+        assert len(build_source(built, train=True)) + len(build_source(built, train=False)) == 60
+        assert "2 classes" in text and "minutes" in text
+
+
+def test_the_time_of_a_run_follows_its_length(folder):
+    from commands.estimate import run_minutes
+    from training.build import make_plan
+
+    config = Config(
+        data_path=str(folder), model="tests.tiny_models:convnet", input_size=64, batch_size=8, num_workers=0
+    )
+    source = build_source(config, train=True)
+    config.device, config.micro_batch = "cpu", 4
+    plans = [make_plan(replace(config, epochs=epochs), len(source), 3) for epochs in (2, 2000)]
+    short, long = (run_minutes(config, plan, source) for plan in plans)
+    assert 0 < short < long / 100
+    speed = long * 60 / (2000 * 48)  # seconds per full-size image
+    assert 1e-5 < speed < 1

@@ -62,7 +62,7 @@ def test_output_folder(train, main_program, folder, plan, capsys):
     printed = capsys.readouterr().out
     names = {path.name for path in run.output.iterdir()}
     checkpoints = {"checkpoint-last.pth", "checkpoint-best.pth", f"checkpoint-{plan.total_steps}.pth"}
-    report = {"report.html", "plan.svg", "environment.json", "samples"}
+    report = {"report.html", "validation.json", "plan.svg", "environment.json", "samples"}
     assert names == {"config.yaml", "plan.json", "log.txt", "tensorboard", "run.lock", *checkpoints, *report}
     assert list((run.output / "tensorboard").iterdir())
 

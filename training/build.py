@@ -21,7 +21,7 @@ from inputs.replay import replay_capacity
 from inputs.transforms import TrainTransform
 from models import create_mae, create_model, param_groups
 from training.numerics import NEVER, LossMeter, max_skipped
-from training.tasks import Classification, Reconstruction
+from training.tasks import Classification, MultiLabel, Reconstruction
 
 
 def make_plan(config: Config, num_images: int, classes: int) -> Plan:
@@ -186,9 +186,18 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     )
 
 
-def make_task(config: Config, model: nn.Module) -> Task:
-    """What the run learns."""
-    return Reconstruction(model.patch_side) if config.task == "mae" else Classification(config.smoothing)
+def make_task(config: Config, model: nn.Module, classes: int) -> Task:
+    """What the run learns; ``classes`` are the data set's."""
+    if config.task == "mae":
+        return Reconstruction(model.patch_side)
+    return MultiLabel(classes) if config.task == "multilabel" else Classification(config.smoothing)
+
+
+def blank_targets(config: Config, images: int, classes: int) -> torch.Tensor:
+    """Targets of a batch that only costs time and memory as the run's do."""
+    if config.task == "multilabel":
+        return torch.zeros(images, classes)
+    return torch.zeros(images, dtype=torch.long)
 
 
 def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model: nn.Module, classes: int) -> Training:
@@ -209,7 +218,7 @@ def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model:
         plan=plan,
         sampler=sampler,
         device=device,
-        task=make_task(config, model),
+        task=make_task(config, model, classes),
         loss=LossMeter(device, scaler.is_enabled(), skip, max_skipped(plan) if skip else NEVER),
         amp=config.amp,
         clip_grad=config.clip_grad,

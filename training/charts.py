@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -27,16 +28,26 @@ def chart(
     width: int = 640,
     height: int = 260,
     zero: bool = False,
+    marks: Sequence[float] = (),
+    clip: bool = False,
 ) -> str:
     """One SVG element, drawn on white.
 
     Args:
         series: at least one with points; what is not finite is left out.
         zero: whether the vertical axis starts at 0, as the horizontal one always does.
+        marks: places on the horizontal axis that get a dashed line; those beyond the data are left out.
+        clip: whether a few values far above all others may lie above the axis; the title then says how many and how
+            high (:func:`clipped_top`).
     """
     drawn = [(s, [(x, y) for x, y in s.points if math.isfinite(x) and math.isfinite(y)]) for s in series]
     xs = [0.0, *(x for _, points in drawn for x, _ in points)]
     ys = [y for _, points in drawn for _, y in points] or [0.0, 1.0]
+    if clip and (top := clipped_top(ys)) < max(ys):
+        above = sum(y > top for y in ys)
+        title = f"{title}; {above} value{'s' * (above > 1)} up to {max(ys):.3g} cut off"
+        drawn = [(s, [(x, min(y, top)) for x, y in points]) for s, points in drawn]
+        ys = [min(y, top) for y in ys]
     x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(0.0 if zero else min(ys), max(ys))
     (x_low, x_high), (y_low, y_high) = ((values[0], values[-1]) for values in (x_ticks, y_ticks))
 
@@ -57,6 +68,10 @@ def chart(
     for tick in y_ticks:
         left, y = at(x_low, tick)
         parts.append(line(left, y, width - RIGHT, y, "#e4e4e4") + text(left - 6, y + 4, number(tick), anchor="end"))
+    for mark in marks:
+        if x_low < mark <= max(xs):
+            x, top = at(mark, y_high)
+            parts.append(line(x, top, x, height - BOTTOM, "#999", dashed=True))
     parts.append(line(LEFT, height - BOTTOM, width - RIGHT, height - BOTTOM, "#888"))
     parts.append(text((LEFT + width - RIGHT) / 2, height - 8, x_label, anchor="middle"))
     middle = (TOP + height - BOTTOM) / 2
@@ -86,7 +101,7 @@ def legend(names: list[str], width: int) -> str:
     """One row of coloured names, right-aligned above the axes."""
     parts, x = [], float(width - RIGHT)
     for index in reversed(range(len(names))):
-        x -= 6.2 * len(names[index]) + 22
+        x -= 6.6 * len(names[index]) + 26
         colour = COLOURS[index % len(COLOURS)]
         parts.append(f'<rect x="{x}" y="22" width="10" height="4" fill="{colour}"/>' + text(x + 14, 28, names[index]))
     return "".join(parts)
@@ -99,8 +114,20 @@ def text(x: float, y: float, content: str, anchor: str = "start", size: int = 11
     )
 
 
-def line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"/>'
+def line(x1: float, y1: float, x2: float, y2: float, colour: str, dashed: bool = False) -> str:
+    style = ' stroke-dasharray="3 3"' if dashed else ""
+    return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}"{style}/>'
+
+
+def clipped_top(values: Sequence[float]) -> float:
+    """Where a vertical axis may end, so that a few high values do not flatten the rest.
+
+    The greatest value that lies no more than twice the central range (from the 5th to the 75th percentile, or a quarter
+    of the latter if that is more) above it.
+    """
+    ordered = sorted(values)
+    low, high = (ordered[round(share * (len(ordered) - 1))] for share in (0.05, 0.75))
+    return max(value for value in ordered if value <= high + 2 * max(high - low, abs(high) / 4))
 
 
 def stack(charts: list[str], width: int, height: int) -> str:

@@ -35,6 +35,8 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
     )
     # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
     task = {key: getattr(config, key) for key in MAE} if config.task == "mae" else {}
+    if config.task == "multilabel":
+        task = {"task": config.task}
     return {
         "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
         "data": _data(sources[0]),
@@ -62,7 +64,8 @@ def fingerprint(source: Source) -> str:
     class change it.
     """
     sha = hashlib.sha256("\0".join(map(str, source.classes)).encode("utf-8", "surrogateescape"))
-    sha.update(np.asarray(source.labels(), dtype="<i8").tobytes())
+    labels = source.labels()
+    sha.update((np.asarray(labels, dtype="<i8") if labels.ndim == 1 else np.packbits(labels, axis=1)).tobytes())
     for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=np.int64).tolist():
         sha.update(source.name(index).rsplit("/", 1)[-1].encode("utf-8", "surrogateescape") + b"\0")
     return sha.hexdigest()[:16]

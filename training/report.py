@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
 from html import escape
 from itertools import accumulate
 from pathlib import Path
@@ -24,26 +23,43 @@ from config import Config, plain
 from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
+from training.findings import FINDINGS
 from training.logs import duration_text, read_log
-from training.run_files import check_records, read_environment, read_plan, read_settings
+from training.report_findings import findings_section, table
+from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
 from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
 PICTURE = 1 << 25  # bytes of a picture that the page takes in
 SAMPLES = 8  # images shown of each stage
+# What a task's evaluations are told by: key in the log, name, name with unit, digits.
+SCORES = {
+    "supervised": ("test_acc1", "top-1", "top-1, %", 2),
+    "multilabel": ("test_map", "mAP", "mAP, %", 2),
+    "mae": ("test_loss", "reconstruction loss", "test loss", 4),
+}
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f6f4; margin: 0 }
-main { max-width: 1340px; margin: auto; padding: 24px }
-h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px }
-.cards, .grid { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
+main { max-width: 1720px; margin: auto; padding: 24px }
+h1 { font-size: 24px; margin: 0 } h2 { font-size: 18px; margin: 32px 0 8px } h3 { font-size: 15px; margin: 16px 0 8px }
+.cards { display: flex; flex-wrap: wrap; gap: 12px; margin-top: 12px }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(max(min(420px, 100%), 34%), 1fr)); gap: 12px }
+.side { display: flex; flex-wrap: wrap; gap: 0 32px } section { max-width: 100%; overflow-x: auto }
+.halves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(520px, 100%), 1fr)); gap: 0 32px }
+.scroll { overflow-x: auto }
+.worst { display: grid; grid-template-columns: repeat(auto-fill, minmax(170px, 1fr)); gap: 12px }
+.worst figcaption { overflow-wrap: anywhere }
 .card { background: #fff; border: 1px solid #ddd; border-radius: 8px; padding: 10px 16px }
 .card b { display: block; font-size: 20px } .card span { color: #666; font-size: 13px }
 .grid > svg, .plan { background: #fff; border: 1px solid #ddd; border-radius: 8px; max-width: 100%; height: auto }
+.grid > svg { width: 100% }
 table { border-collapse: collapse; background: #fff; border: 1px solid #ddd; font-size: 14px }
 th, td { padding: 4px 12px; text-align: right; border-bottom: 1px solid #eee; font-variant-numeric: tabular-nums }
 th { color: #666; font-weight: 600 } td.name, th.name { text-align: left }
 figure { margin: 0 0 12px } figcaption { font-size: 13px; color: #555 }
-figure img { width: 1000px; max-width: 100%; image-rendering: pixelated }
+figure img { width: 100%; image-rendering: pixelated }
+figure img.thumbnail { width: auto; max-width: 160px; image-rendering: auto;
+  background: repeating-conic-gradient(#bbb 0% 25%, #fff 0% 50%) 0 0 / 16px 16px }
 details { margin-top: 12px }
 pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto; font-size: 13px }
 """
@@ -62,11 +78,11 @@ def plan_picture(plan: Plan) -> str:
     for stage in plan.stages:  # both sides of every switch
         steps |= {stage.first_step, stage.first_step + stage.steps - 1}
     rate = [(plan.equivalent_epochs(step), plan.lr_at(step)) for step in sorted(steps) if step < plan.total_steps]
-    x = f"compute, epochs at {plan.base_size}"
+    x, marks = f"compute, epochs at {plan.base_size}", [plan.equivalent_epochs(s.first_step) for s in plan.stages[1:]]
     charts = [
-        chart("Input size B", [Series("B", size)], x, "pixels", WIDTH, HEIGHT),
-        chart("RandAugment magnitude", [Series("m", magnitude)], x, "magnitude", WIDTH, HEIGHT, zero=True),
-        chart("Learning rate", [Series("learning rate", rate)], x, "learning rate", WIDTH, HEIGHT, zero=True),
+        chart("Input size B", [Series("B", size)], x, "pixels", WIDTH, HEIGHT, marks=marks),
+        chart("RandAugment magnitude", [Series("m", magnitude)], x, "magnitude", WIDTH, HEIGHT, True, marks),
+        chart("Learning rate", [Series("learning rate", rate)], x, "learning rate", WIDTH, HEIGHT, True, marks),
     ]
     return stack(charts, WIDTH, HEIGHT)
 
@@ -121,10 +137,11 @@ def write_report(output: Path) -> Path:
         f"<h1>{escape(title)}</h1>",
         _cards(output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
-        "<h2>Stages</h2>" + _stages(settings, plan, records),
-        "<h2>The plan</h2>" + _drawing(output / "plan.svg"),
-        "<h2>What the network saw</h2>" + _samples(output, plan),
-        *(["<h2>Changed on the way</h2>" + _table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
+        f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
+        *_validation(output),
+        f'<div class="halves"><section><h2>The plan</h2>{_drawing(output / "plan.svg")}</section>'
+        f"<section><h2>What the network saw</h2>{_samples(output, plan)}</section></div>",
+        *(["<h2>Changed on the way</h2>" + table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
         f"<pre>{escape(_read(output / 'config.yaml'))}</pre></details>",
@@ -145,8 +162,9 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
-    scores = [record[key] for record in at_base for key in ("test_acc1", "test_acc1_ema") if key in record]
-    score = (f"{max(scores):.2f} %" if scores else "–", f"best top-1 at {base} pixels")
+    key, name, *_ = SCORES[settings.get("task", "supervised")]
+    scores = [record[k] for record in at_base for k in (key, f"{key}_ema") if k in record]
+    score = (f"{max(scores):.2f} %" if scores else "–", f"best {name} at {base} pixels")
     if settings.get("task") == "mae":
         score = (f"{at_base[-1]['test_loss']:.4f}" if at_base else "–", f"reconstruction loss at {base} pixels")
     total = plan["total"]
@@ -154,7 +172,7 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     cards = [
         (state, f"{plan['epochs']:g} epochs, {total['steps']:,} optimizer steps"),
         score,
-        (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs']:g} ordinary epochs"),
+        (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs'] or settings['epochs']:g} ordinary epochs"),
         (duration_text(sum(record["seconds"] for record in records)), "spent on training"),
     ]
     if total["params"]:
@@ -171,6 +189,9 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     hours = [seconds / 3600 for seconds in accumulate(record["seconds"] for record in records)]
     x = f"compute, epochs at {plan['base_size']}"
 
+    switches = [stage["progress"][0] for stage in plan["stages"][1:] if "progress" in stage]
+    marks = _at_progress(switches, records, compute), _at_progress(switches, records, hours)
+
     def lines(names: dict[str, str], places: list[float] = compute) -> list[Series]:
         drawn = []
         for key, name in names.items():
@@ -180,22 +201,44 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
         return drawn or [Series("none yet", [])]
 
     loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
-    accuracy = {"test_acc1": "top-1", "test_acc1_ema": "top-1, average", "test_acc5": "top-5"}
-    throughput = chart("Throughput", lines({"images_per_s": "images/s"}), x, "images/s", WIDTH, HEIGHT, zero=True)
-    if settings.get("task") == "mae":
-        return [chart("Reconstruction, at each stage's size", loss, x, "mean squared error", WIDTH, HEIGHT), throughput]
+    task = settings.get("task", "supervised")
+    key, name, *_ = SCORES[task]
+    accuracy = {key: name, f"{key}_ema": f"{name}, average", "test_acc5": "top-5"}
+
+    def draw(title: str, drawn: list[Series], unit: str, by_time: bool = False, **how: bool) -> str:
+        x_label = "hours of training" if by_time else x
+        return chart(title, drawn, x_label, unit, WIDTH, HEIGHT, marks=marks[by_time], **how)
+
+    throughput = draw("Throughput", lines({"images_per_s": "images/s"}), "images/s", zero=True)
+    if task == "mae":
+        return [draw("Reconstruction, at each stage's size", loss, "mean squared error", clip=True), throughput]
     return [
-        chart("Loss (of training, on mixed images)", loss, x, "cross entropy", WIDTH, HEIGHT),
-        chart("Accuracy, at each stage's size", lines(accuracy), x, "per cent", WIDTH, HEIGHT),
+        draw("Loss (of training, on mixed images)", loss, "cross entropy", clip=True),
+        draw(f"{name}, at each stage's size", lines(accuracy), "per cent"),
         throughput,
-        chart("Accuracy against time", lines(accuracy, hours), "hours of training", "per cent", WIDTH, HEIGHT),
+        draw(f"{name} against time", lines(accuracy, hours), "per cent", by_time=True),
     ]
+
+
+def _at_progress(switches: list[float], records: list[dict[str, Any]], places: list[float]) -> list[float]:
+    """Where the stages begin that have begun, on the axis that has the records at ``places``."""
+    found = []
+    for start in switches:
+        ends = [place for record, place in zip(records, places) if record["progress"] <= start + 1e-9]
+        found += ends[-1:] if len(ends) < len(records) else []  # a pass ends where a stage does
+    return found
+
+
+def _validation(output: Path) -> list[str]:
+    """What the last evaluation found about classes and images, if it did."""
+    found = read_findings(output / FINDINGS)
+    return [] if found is None else ["<h2>Validation images</h2>" + findings_section(found)]
 
 
 def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
     """One row for each stage: what was planned, and what was measured so far."""
     rows, first = [], 0
-    key, head = ("test_loss", "test loss") if settings.get("task") == "mae" else ("test_acc1", "top-1, %")
+    key, _, head, digits = SCORES[settings.get("task", "supervised")]
     for number, stage in enumerate(plan["stages"], 1):
         mine = [record for record in records if first < record["step"] <= first + stage["steps"]]
         first += stage["steps"]
@@ -213,7 +256,7 @@ def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
                 f"{images / seconds:,.0f}" if seconds else "–",
                 duration_text(seconds) if seconds else "–",
                 f"{mine[-1]['train_loss']:.4f}" if mine else "–",
-                f"{scores[-1]:.{4 if key == 'test_loss' else 2}f}" if scores else "–",
+                f"{scores[-1]:.{digits}f}" if scores else "–",
             ]
         )
     heads = [
@@ -229,7 +272,7 @@ def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
         "loss",
         head,
     ]
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _samples(output: Path, plan: dict[str, Any]) -> str:
@@ -271,23 +314,11 @@ def _settings(settings: dict[str, Any]) -> str:
         for key, value in settings.items()
         if value != defaults.get(key)
     ]
-    return _table(["setting", "value", "default"], changed, names=3)
+    return table(["setting", "value", "default"], changed, names=3)
 
 
 def _environment(output: Path) -> str:
-    return _table(["", ""], [[key, value] for key, value in read_environment(output).items()], names=2)
-
-
-def _table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
-    """``names``: how many of the first columns are text, set to the left."""
-
-    def row(cells: list[Any], tag: str) -> str:
-        kinds = [' class="name"' if index < names else "" for index in range(len(cells))]
-        return (
-            "<tr>" + "".join(f"<{tag}{kind}>{escape(str(cell))}</{tag}>" for cell, kind in zip(cells, kinds)) + "</tr>"
-        )
-
-    return f"<table>{row(heads, 'th')}{''.join(row(cells, 'td') for cells in rows)}</table>"
+    return table(["", ""], [[key, value] for key, value in read_environment(output).items()], names=2)
 
 
 def _read(path: Path) -> str:

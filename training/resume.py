@@ -94,7 +94,7 @@ def restore(state: dict[str, Any], identity: dict[str, Any], training: Training,
         training.model.load_state_dict(state["model"])
         if training.ema is not None:
             training.ema.module.load_state_dict(state["model_ema"] or state["model"])
-        if state["identity"] is None or state["identity"]["optimizer"] == identity["optimizer"]:
+        if state["identity"] is None or state["identity"].get("optimizer") == identity["optimizer"]:
             load_optimizer_state(training.optimizer, state["optimizer"])
         if training.scaler.is_enabled() and state["scaler"]:
             training.scaler.load_state_dict(state["scaler"])

@@ -11,7 +11,7 @@ from typing_extensions import Required, TypedDict
 
 from config import Config
 from config.files import read_text
-from config.recipes import read_yaml
+from config.recipes import plain, read_yaml
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
@@ -24,6 +24,7 @@ Short = Annotated[str, msgspec.Meta(max_length=1000)]
 class Stage(TypedDict, total=False):
     input_size: Required[Size]
     passes: Required[Number]
+    progress: tuple[Number, Number]
     steps: Required[Count]
     images: Required[Annotated[int, msgspec.Meta(ge=1, le=1 << 53)]]
     magnitude: Required[tuple[Number | None, Number | None]]
@@ -72,6 +73,40 @@ class Record(TypedDict, total=False):
     test_acc1: Number
     test_acc1_ema: Number
     test_acc5: Number
+    test_map: Number
+    test_map_ema: Number
+
+
+class Class(TypedDict, total=False):
+    name: Required[str]
+    images: Required[Count]
+    training_images: Required[Count]
+    acc1: Number | None
+    ap: Number | None
+
+
+class Pair(TypedDict):
+    label: str
+    predicted: str
+    images: Count
+
+
+class Image(TypedDict):
+    image: str
+    thumbnail: Annotated[str, msgspec.Meta(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/=]*$")]
+    labels: list[str]
+    predicted: list[str]
+
+
+class Findings(TypedDict, total=False):
+    """validation.json, as training/findings.py makes it."""
+
+    eval_size: Required[Size]
+    step: Required[Count]
+    images: Required[Count]
+    classes: Required[list[Class]]
+    confusions: list[Pair]
+    worst: Required[list[Image]]
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -85,7 +120,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
         raise FileNotFoundError(2, "No such file or directory", str(path))
     settings = read_yaml(path, "the settings")
     config = _convert(settings, Config, path)
-    return {**msgspec.to_builtins(config), **settings}
+    return {**plain(config), **settings}
 
 
 def read_plan(folder: Path) -> dict[str, Any]:
@@ -103,6 +138,15 @@ def read_environment(folder: Path) -> dict[str, str]:
         return {}
     about = _json(read_text(path, 1 << 20), path)
     return _convert(about, dict[str, Short], path)
+
+
+def read_findings(path: Path) -> dict[str, Any] | None:
+    """validation.json; None without one. Raises OSError or ValueError, naming the file."""
+    if not path.exists():
+        return None
+    found = _json(read_text(path, 1 << 26), path)
+    _convert(found, Findings, path)
+    return found
 
 
 def check_records(records: list[Any], path: Path) -> list[dict[str, Any]]:

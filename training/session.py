@@ -52,7 +52,7 @@ class Session:
     identity: dict[str, Any]
     state: dict[str, Any] | None = None
     first: int = 0
-    best: dict[str, Any] = field(default_factory=lambda: {"acc1": -1.0})
+    best: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, plan, topology = self.config, self.plan, self.topology
@@ -61,6 +61,7 @@ class Session:
         if self.state is not None:
             self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
             self.unwritten = self.state["unwritten"]
+        self.best = self.best or ({self.training.task.score: -1.0} if self.training.task.score else {})
         self.history = History(self.state["changes"] if self.state else [])
         self.state = None  # a checkpoint is as large as the model with its moments
         self.started = time.perf_counter()
@@ -251,7 +252,9 @@ class Session:
 
     def done(self) -> int:
         if self.topology.is_main:
-            best = "" if self.best["acc1"] < 0 else f", best top-1 {self.best['acc1']:.2f} %"
+            score = self.training.task.score
+            value, name = self.best.get(score, -1.0), {"acc1": "top-1", "map": "mAP"}.get(score, score)
+            best = "" if value < 0 else f", best {name} {value:.2f} %"
             bad = len(BadFiles(folder=self.output).recorded())
             replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
             took = duration_text(time.perf_counter() - self.started)

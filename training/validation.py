@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import time
 from typing import Any
 
@@ -14,9 +15,11 @@ from curriculum import Pass, set_input_size
 from datasets import eval_loader
 from engine import evaluate
 from inputs.transforms import EvalTransform
+from inputs.views import class_counts
+from training.findings import FINDINGS
 from training.report import SAMPLES
 from training.session import Session
-from utils import broadcast_buffers, unwrap
+from utils import broadcast_buffers, unwrap, write_text
 
 
 def validate(session: Session, record: Pass) -> dict[str, Any] | None:
@@ -65,6 +68,7 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
         result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
         if not suffix:
             _save_answers(session, record, module, loader.dataset, size)
+            _save_findings(session, scores, size)
     session.progress.evaluation_seconds = time.perf_counter() - started
     if topology.is_main:
         bad = f" ({result['eval_bad_images']} more cannot be used)" if "eval_bad_images" in result else ""
@@ -77,13 +81,30 @@ def is_better(session: Session, record: Pass, result: dict[str, Any]) -> bool:
     """Whether an evaluation at the base size (or at --eval_size) beat the best one; if so, it is the best now."""
     better, size, plan = False, result.get("eval_size"), session.plan
     as_at_the_end = record.radius == plan.records[-1].radius
-    if size == (session.config.eval_size or plan.base_size) and as_at_the_end:
+    name = session.training.task.score
+    if name and size == (session.config.eval_size or plan.base_size) and as_at_the_end:
         for weights in ("model", "model_ema"):
-            acc1 = result.get("test_acc1" + weights.removeprefix("model"), -1.0)
-            if acc1 > session.best["acc1"]:
-                session.best = {"acc1": acc1, "step": session.training.step, "weights": weights, "eval_size": size}
+            score = result.get(f"test_{name}" + weights.removeprefix("model"), -1.0)
+            if score > session.best.get(name, -1.0):
+                session.best = {name: score, "step": session.training.step, "weights": weights, "eval_size": size}
                 better = True
     return better
+
+
+def _save_findings(session: Session, scores: dict[str, Any], size: int) -> None:
+    """validation.json: what the report shows of the model's answers to single images and classes."""
+    if not session.topology.is_main:
+        return
+    try:
+        found = session.training.task.findings(scores, session.sources[1])
+        if found is not None:
+            found = {"eval_size": size, "step": session.training.step, **found}
+            train = class_counts(session.sources[0])
+            for line, count in zip(found["classes"], train):
+                line["training_images"] = count
+            write_text(session.output / FINDINGS, json.dumps(found, ensure_ascii=False) + "\n")
+    except Exception as error:  # no picture of the report is worth a run
+        print(f"warning: {FINDINGS} could not be written for the report: {error}", flush=True)
 
 
 def _save_answers(session: Session, record: Pass, model: nn.Module, data: Dataset, size: int) -> None:
