@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from curriculum import CurriculumSampler, Pass, Plan
 from curriculum.sampler import FORWARD, GROUP, derive_seed
@@ -24,28 +24,73 @@ AMP_DTYPES = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Task(Protocol):
     """What the engine's loops ask of a task. ``model`` is as called, under autocast; images are finished."""
 
-    measured: tuple[str, ...]  # of each image in an evaluation
-    metrics: tuple[str, ...]  # of all of them, for the log
+    metrics: tuple[str, ...]  # scores of an evaluation, for the log
     score: str | None  # the metric whose largest value is the best; None: none says which weights are
-    # (model, images, function that makes uint8 images of them) -> uint8 (3, H, W): how the model answers; None: nothing
-    picture: Callable[[nn.Module, torch.Tensor, Callable[[torch.Tensor], torch.Tensor]], torch.Tensor] | None
 
     def loss(self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, seeds: Sequence[int]) -> torch.Tensor:
         """Mean loss of a batch of ``len(seeds)`` groups; beyond the model's own, all randomness is the seeds'."""
 
-    def measure(
-        self, model: nn.Module, images: torch.Tensor, targets: torch.Tensor, indices: torch.Tensor
-    ) -> torch.Tensor:
-        """(len(measured), N): what is measured of N images, which have these places in the data set."""
-
-    def scores(self, table: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """From what was measured of every image of a data set: the metrics, and whatever else the task gives."""
+    def begin(self, data: Dataset, device: torch.device) -> Scores:
+        """What collects an evaluation's results on this data set."""
 
     def findings(self, scores: dict[str, Any], source: Any) -> dict[str, Any] | None:
         """What the report shows of these scores of a data set, as plain types; None: nothing."""
 
     def describe(self, result: dict[str, Any]) -> str:
         """An evaluation's log record in words."""
+
+    def answers(
+        self, model: nn.Module, data: Dataset, places: Sequence[int], finish: Finish, device: torch.device, size: int
+    ) -> torch.Tensor | None:
+        """uint8 (3, H, W): how the model answers the images of these places, for people to look at; None: nothing."""
+
+
+class Scores(Protocol):
+    """What an evaluation comes to: each process adds its batches, and all of them get the scores of all images."""
+
+    def add(self, model: nn.Module, images: torch.Tensor, targets: Any, indices: torch.Tensor) -> None:
+        """Takes a batch, under autocast; ``indices`` are the images' places in the data set."""
+
+    def scores(self) -> dict[str, Any]:
+        """The task's metrics, whatever else it gives, and ``images``, the number of distinct images scored.
+
+        Raises:
+            RuntimeError: an image of the data set was left out or scored twice.
+        """
+
+
+class PerImage:
+    """Scores made of a few numbers for each image.
+
+    Args:
+        measured: their names. count: images of the data set.
+        measure: (model, images, targets, indices) -> (len(measured), N).
+        summarize: from the numbers of all images, by name, to the scores.
+    """
+
+    def __init__(
+        self,
+        measured: Sequence[str],
+        measure: Callable[..., torch.Tensor],
+        summarize: Callable[[dict[str, torch.Tensor]], dict[str, Any]],
+        count: int,
+        device: torch.device,
+    ) -> None:
+        self.measured, self.measure, self.summarize = measured, measure, summarize
+        # Of each image, in its place: how often it was scored, and what was measured.
+        self.table = torch.zeros(1 + len(measured), count, device=device)
+
+    def add(self, model: nn.Module, images: torch.Tensor, targets: Any, indices: torch.Tensor) -> None:
+        measures = self.measure(model, images, targets, indices)
+        indices = to_device(indices, self.table.device)
+        self.table[0, indices] += 1
+        self.table[1:, indices] = measures.float()
+
+    def scores(self) -> dict[str, Any]:
+        scored, *columns = all_sum(self.table) if self.table.device.type == "mps" else all_sum(self.table).double()
+        if not bool((scored == 1).all()):
+            raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {len(scored)}")
+        return {**self.summarize(dict(zip(self.measured, columns))), "images": len(scored)}
 
 
 class Meter(Protocol):
@@ -190,25 +235,17 @@ def evaluate(
         RuntimeError: an image of the data set was left out or scored twice.
     """
     model.eval()
-    # Of each image, in its place: how often it was scored, and what was measured.
-    table = torch.zeros(1 + len(task.measured), len(loader.dataset), device=device)
+    scores = task.begin(loader.dataset, device)
     for images, targets, indices in loader:
         images, targets = to_device(images, device), to_device(targets, device)
         with autocast(device, amp):
-            measures = task.measure(model, finish.evaluate(images, size, radius), targets, indices)
-        indices = to_device(indices, device)
-        table[0, indices] += 1
-        table[1:, indices] = measures.float()
+            scores.add(model, finish.evaluate(images, size, radius), targets, indices)
         if stop():
             return None
-    count = table.shape[1]
-    most = -(-count // (world_size() * loader.batch_size))  # batches of the process that has most
+    most = -(-len(loader.dataset) // (world_size() * loader.batch_size))  # batches of the process that has most
     if any(stop() for _ in range(most - len(loader))):
         return None
-    scored, *columns = all_sum(table) if device.type == "mps" else all_sum(table).double()
-    if not bool((scored == 1).all()):
-        raise RuntimeError(f"evaluation scored {int(scored.sum())} images, but the data set has {count}")
-    return {**task.scores(dict(zip(task.measured, columns))), "images": count}
+    return scores.scores()
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -30,22 +30,25 @@ from commands.plan import baseline, make_summary, show_plan
 from commands.predict import predict
 from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
-from config.checks import check_settings
+from config.checks import DENSE_TASKS, check_settings
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed
-from datasets import build_source, describe_data
+from dense.weights import load_dense
 from engine import train_epoch
-from inputs.readable import drop_unreadable
 from models import checkpoints, freeze_body, load_weights
 from models.check import check_trainable
 from training.build import (
+    describe,
     describe_replay,
     make_model,
     make_plan,
     make_sampler,
     make_training,
     number_of_classes,
+    open_sources,
     place,
+    synchronise,
+    usable,
 )
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
@@ -120,14 +123,13 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
     order = class_order(config, found)
 
     # The data and the plan
-    sources = build_source(config, True, order), build_source(config, False, order)
+    sources = open_sources(config, order)
     classes = number_of_classes(config, sources[0])
     plan = make_plan(config, len(sources[0]), classes)
     identity = identify(config, plan, sources, classes)
-    with as_usage():
-        sources = sources[0], drop_unreadable(sources[1], config.max_bad)
+    sources = sources[0], usable(config, sources[1])
     if topology.is_main:
-        print("\n".join(describe_data(config, sources)), flush=True)
+        print("\n".join(describe(config, sources)), flush=True)
     state = None
     if found is not None:
         path, state = found
@@ -143,7 +145,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         with as_usage():
             check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
-    model = build(size_of_weights(plan, state))
+    model = synchronise(build(size_of_weights(plan, state)), topology)
     if config.finetune and state is None:
         config = finetune(config, model, sources[0].classes, topology)
     elif state is not None:
@@ -162,14 +164,17 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         start_folder(output, config, topology, plan, summary, history)
         if history.replanned and history.replanned["step"] == training.step:
             checkpoints.set_aside(output, len(history.changes))
-        print("\n".join([table(summary, baseline(config)), *replay]), flush=True)
+        print("\n".join([table(summary, baseline(config, plan)), *replay]), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
 def finetune(config: Config, model: nn.Module, classes: Sequence[str], topology: Topology) -> Config:
     """Loads the weights of --finetune, and says what fitted. Returns the settings, with the weights' normalisation."""
     checkpoints.verify_own(config.finetune)
-    report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=classes)
+    if config.task in DENSE_TASKS:
+        report = load_dense(model, config.finetune)
+    else:
+        report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=classes)
     if topology.is_main:
         print(report)
     return replace(config, mean=config.mean or report.mean, std=config.std or report.std)

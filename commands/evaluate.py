@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from timm.data import ImageNetInfo
 
+from commands.dense import evaluate_dense
 from config import Config
+from config.checks import DENSE_TASKS
 from datasets import Source, build_source, dropped_line, eval_loader
 from engine import evaluate
 from inputs.readable import drop_unreadable
@@ -37,6 +39,8 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """
     source_of_weights = config.resume or config.finetune
     checkpoints.verify_own(source_of_weights)
+    if config.task in DENSE_TASKS:
+        return evaluate_dense(config, topology)
     content = read_weights(source_of_weights)
     source = drop_unreadable(_source(config), config.max_bad)
     if topology.is_main:

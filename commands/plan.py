@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from config import Config, UsageError, as_usage
+from config.checks import DENSE_TASKS
 from config.files import read_text
 from curriculum import CurriculumSampler, Plan, summarize, table
 from datasets import build_source
+from dense.cost import DETECTION, SEGMENTATION, count
 from models.flops import count_flops
 from training.build import describe_replay, make_model, make_plan, make_sampler, number_of_classes
 from training.report import plan_picture
+from training.scenes import open_dense
 from utils import write_text
 
 
@@ -21,7 +25,7 @@ def show_plan(config: Config) -> int:
     """Prints the plan. Needs data or --num_images."""
     num_images, classes = config.num_images, config.num_classes or 1000
     if num_images is None:
-        source = build_source(config, train=True)
+        source = open_dense(config, train=True) if config.task in DENSE_TASKS else build_source(config, train=True)
         num_images, classes = len(source), number_of_classes(config, source)
     plan = make_plan(config, num_images, classes)
     sampler = None
@@ -38,7 +42,7 @@ def show_plan(config: Config) -> int:
         write_text(path, plan_picture(plan))
         print(path)
     else:
-        lines = [table(summary, baseline(config)), *describe_replay(config, plan)]
+        lines = [table(summary, baseline(config, plan)), *describe_replay(config, plan)]
         print(json.dumps(summary) if config.plan == "json" else "\n".join(lines))
     return 0
 
@@ -52,14 +56,19 @@ def make_summary(
 ) -> dict[str, Any]:
     """What the plan does and costs, with the model's parameters and FLOPs counted without computing anything."""
     sizes = sorted({stage.input_size for stage in plan.stages} | {plan.base_size})
-    flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
+    if config.task in DENSE_TASKS:  # at the sizes of the papers' tables, and in proportion at those of other stages
+        height, width = DETECTION if config.task == "detection" else SEGMENTATION
+        cost = count(partial(make_model, config, classes, plan.base_size), height, width)
+        flops, params = {size: cost.flops * (size / plan.base_size) ** 2 for size in sizes}, cost.params
+    else:
+        flops, params = count_flops(lambda size: make_model(config, classes, size), sizes)
     with as_usage():
-        return summarize(plan, baseline(config), flops, params, sampler, images_per_s)
+        return summarize(plan, baseline(config, plan), flops, params, sampler, images_per_s)
 
 
-def baseline(config: Config) -> float:
+def baseline(config: Config, plan: Plan) -> float:
     """Ordinary epochs that speed-ups compare with: the run's own, unless a recipe or the user says otherwise."""
-    return config.baseline_epochs or config.epochs
+    return config.baseline_epochs or plan.epochs
 
 
 def load_speeds(path: str) -> dict[int, float]:

@@ -18,7 +18,9 @@ from typing import Any, TextIO
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from commands.dense import predict_dense
 from config import Config
+from config.checks import DENSE_TASKS
 from config.files import read_bytes
 from datasets import loader_options
 from engine import autocast
@@ -57,8 +59,9 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
             f"--predict: {config.resume} is not a checkpoint of this project, so its classes have no names"
         )
     known = content["config"]
-    unsaid = {name: known.get(name) for name in ("model", "model_args") if name not in said}
-    check_name_from_file(unsaid.get("model", ""), unsaid.get("model_args"), f"--predict: {config.resume}")
+    unsaid = {key: known.get(key) for key in ("model", "model_args", "head_args") if key not in said}
+    arguments = {**(unsaid.get("model_args") or {}), **(unsaid.get("head_args") or {})}
+    check_name_from_file(unsaid.get("model", ""), arguments, f"--predict: {config.resume}")
     trained = {name: known[name] for name in FROM_CHECKPOINT if name not in said and name in known}
     config = replace(config, **trained)
     if config.task == "mae":
@@ -67,6 +70,8 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
     key = "model_ema" if averaged else "model"
     if content.get(key) is None:
         raise ValueError(f"--model_ema true: {config.resume} holds no moving average; use --model_ema false")
+    if config.task in DENSE_TASKS:
+        return predict_dense(config, said, paths, content, key, topology)
     names = list(content["classes"])
     names += [f"unnamed {i}" for i in range(len(names), config.num_classes or 0)]
     size = config.eval_size or config.input_size

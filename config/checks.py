@@ -14,6 +14,8 @@ from curriculum import parse_duration
 # What --allow_change may name beside a setting: parts of a run that several settings, or the files, decide.
 PARTS = ("model", "data", "curriculum", "optimizer")
 
+DENSE_TASKS = ("detection", "segmentation")
+
 _RANGES = {
     "at least 0": (
         lambda x: x >= 0,
@@ -21,13 +23,13 @@ _RANGES = {
     ),
     "at least 1": (
         lambda x: x >= 1,
-        "input_size eval_size batch_size num_images devices val_per_class top_k",
+        "input_size eval_size crop test_side max_side batch_size num_images devices val_per_class top_k",
     ),
     "from 1 to 1,048,576": (lambda x: 1 <= x <= 1 << 20, "num_classes"),  # a file's; each has a name in memory
-    "above 0": (lambda x: x > 0, "epochs baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
+    "above 0": (lambda x: x > 0, "baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
     "from 0 to 1": (
         lambda x: 0 <= x <= 1,
-        "mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad threshold",
+        "crop_prob mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad threshold",
     ),
     "above 0 and at most 1": (lambda x: 0 < x <= 1, "crop_pct layer_decay"),
     "at least 0 and below 1": (lambda x: 0 <= x < 1, "drop_path momentum model_ema_decay"),
@@ -42,6 +44,8 @@ def check_ranges(config: Config) -> None:
             value = getattr(config, name)
             if value is not None and not fits(value):
                 raise UsageError(f"--{name} is {value}; it must be {expected}")
+    if not isinstance(config.epochs, str) and not config.epochs > 0:
+        raise UsageError(f"--epochs is {config.epochs}; it must be above 0")
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")
@@ -63,9 +67,13 @@ def check_settings(config: Config) -> None:
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
+    if config.suggest and isinstance(config.epochs, str):
+        raise UsageError(f"--epochs is {config.epochs!r}; --suggest needs a number of epochs")
     _check_data(config)
     if config.task == "mae":
         _check_mae(config)
+    if config.task in DENSE_TASKS:
+        _check_dense(config)
     if config.task == "multilabel" and config.predict is None:
         _check_multilabel(config)
     parse_interval(config.save_interval)
@@ -135,6 +143,27 @@ def _check_mae(config: Config) -> None:
                 f"--{name} {str(value).lower() if value is True else value} is for --task supervised: a masked "
                 "autoencoder has no classes, and is fine-tuned or probed by a run of its own (recipes/mae)"
             )
+
+
+def _check_dense(config: Config) -> None:
+    """Raises UsageError for settings that detectors and segmenters have no use for."""
+    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "smoothing") if getattr(config, name) > 0]
+    if config.magnitude != "none":
+        unwanted.append("--magnitude none")
+    if unwanted:
+        raise UsageError(
+            f"--task {config.task} has augmentation of its own: set {' '.join(unwanted)} (recipes in recipes/dense do)"
+        )
+    fitting = ("retinanet", "mask_rcnn", "cascade") if config.task == "detection" else ("upernet",)
+    if config.head is not None and config.head not in fitting:
+        raise UsageError(f"--head {config.head} does not fit --task {config.task}: choose {' or '.join(fitting)}")
+    for name in ("linear_probe", "doctor", "eval_size", "replay"):
+        if value := getattr(config, name):
+            raise UsageError(f"--{name} {str(value).lower()} is for classifiers, not for --task {config.task}")
+    if config.micro_batch == "auto":
+        raise UsageError(f"--micro_batch auto does not know --task {config.task}: give the images of a device")
+    if config.train_sides is not None and (not config.train_sides or min(config.train_sides) < 1):
+        raise UsageError(f"--train_sides is {config.train_sides}; it needs short sides of images in pixels")
 
 
 def parse_interval(text: str | float) -> float | None:

@@ -36,7 +36,10 @@ class RunConfig:
     """Label images with the checkpoint of --resume and exit: an image, a folder, or a pattern like 'photos/*.jpg'. One
     JSON line each on standard output. --model_ema chooses the weights; default: those that scored best."""
     predict_to: Free[str | None] = None
-    """--predict: write to this file instead; CSV if its name ends in .csv."""
+    """--predict: write to this file instead; CSV if its name ends in .csv. Of a detector or segmenter: the folder for
+    predictions.json (COCO's form) or label maps."""
+    pictures: Free[bool] = False
+    """--predict with a detector or segmenter: draw each image's predictions too."""
     top_k: Free[int] = 5
     """--predict: classes per image."""
     threshold: Free[float] = 0.5
@@ -83,7 +86,8 @@ class DataConfig:
     data_set: Free[str] = "folder"
     """folder: class folders; tar: archives of class folders, or the shards of WebDataset and img2dataset; parquet:
     files with an image column; hfds/NAME: a Hugging Face data set; tfds/NAME: TensorFlow Datasets in ArrayRecord files;
-    cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them."""
+    cifar10, cifar100, flowers102, stanford_dogs: as their authors ship them. Of --task
+    detection: coco (a COCO json), voc; of segmentation: ade20k, masks (a folder of label maps)."""
     data_path: Free[str | None] = None
     """Where the data set lies: a folder; for --data_set tar and parquet also a URL (s3://, gs://, https://, hf://).
     Credentials come from their usual places, never in the URL."""
@@ -152,9 +156,10 @@ class DataConfig:
 class ModelConfig:
     """model"""
 
-    task: Shape[Literal["supervised", "multilabel", "mae"]] = "supervised"
+    task: Shape[Literal["supervised", "multilabel", "mae", "detection", "segmentation"]] = "supervised"
     """What is learned: one class per image, any number of labels per image (multilabel; from --labels or the .json
-    files of tar shards), or (mae) to fill in what is masked of an image, for fine-tuning later."""
+    files of tar shards), (mae) to fill in what is masked of an image, for fine-tuning later, boxes and masks of
+    objects, or a class for every pixel."""
     model: Shape[str] = "convnext_tiny"
     """A name from the papers (convnext_tiny, deit_small, swin_tiny, ...), any of timm's, or package.module:function."""
     input_size: Planned[int] = 224
@@ -194,9 +199,10 @@ class CurriculumConfig:
 
     curriculum: Planned[str | dict[str, Any]] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
-    efficienttrain++-experimental, progressive, a YAML file, or a mapping of the same form (docs/method.md)."""
-    epochs: Planned[float] = 200
-    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++."""
+    efficienttrain++-experimental, dense-experimental, progressive, a YAML file, or a mapping of the same form
+    (docs/method.md)."""
+    epochs: Planned[float | str] = 200
+    """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++; or "160000 steps"."""
     warmup_epochs: Learned[float | str] = "5%"
     """Duration of the linear warm-up: 3.7 (epochs of the plan's clock), 20 passes, 20% or 500 steps."""
     magnitude: Planned[Literal["linear", "steps", "constant", "none"] | None] = None
@@ -230,7 +236,11 @@ class OptimConfig:
     lr: Learned[float] = 4e-3
     """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
     min_lr: Learned[float] = 1e-6
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of a cosine or polynomial schedule."""
+    schedule: Learned[Literal["cosine", "steps", "poly"]] = "cosine"
+    """Learning rate after warm-up: a cosine, a tenth after each of --lr_steps, or linear to --min_lr (poly)."""
+    lr_steps: Learned[list[float | str] | None] = None
+    """--schedule steps: durations after which the learning rate falls, e.g. [8, 11] (epochs of the plan's clock)."""
     weight_decay: Learned[float] = 0.05
     """Weight decay of matrices; biases, norms and what the model names have none."""
     weight_decay_end: Learned[float | None] = None
@@ -272,9 +282,33 @@ class AugmentConfig:
     (In timm and ConvNeXt it is ignored where RandAugment runs; --magnitude none switches that off.)"""
 
 
-GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig)
+@dataclass(kw_only=True)
+class DenseConfig:
+    """detection and segmentation"""
+
+    head: Shape[Literal["retinanet", "mask_rcnn", "cascade", "upernet"] | None] = None
+    """What stands on the body; default: mask_rcnn for --task detection, upernet for segmentation."""
+    head_args: Shape[dict[str, Any] | None] = None
+    """More settings of the head, e.g. {channels: 64, width: 256}; {masks: false} for boxes alone."""
+    train_sides: Learned[list[int] | None] = None
+    """Detection: short sides of training images, one drawn for each; default: 480, 512, ..., 800."""
+    max_side: Learned[int | None] = None
+    """Longest side of training and test images; default: 1333 in detection, 2048 in segmentation."""
+    test_side: Learned[int | None] = None
+    """Short side of test images; default: 800 in detection, 512 in segmentation."""
+    crop: Planned[int] = 512
+    """Segmentation: side of the square that is cut out of a training image."""
+    crop_prob: Learned[float] = 0.5
+    """Detection: share of training images of which a part is cut out before they are resized."""
+    scales_test: Free[list[float] | None] = None
+    """--eval of segmentation: mean over the image at these sizes, e.g. [0.5, 0.75, 1, 1.25, 1.5, 1.75]."""
+    flip_test: Free[bool] = False
+    """--eval of segmentation: mean over the image and its mirror image."""
+
+
+GROUPS = (RunConfig, DataConfig, ModelConfig, CurriculumConfig, OptimConfig, AugmentConfig, DenseConfig)
 
 
 @dataclass(kw_only=True)
-class Config(AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
+class Config(DenseConfig, AugmentConfig, OptimConfig, CurriculumConfig, ModelConfig, DataConfig, RunConfig):
     """All settings of a run (a dataclass lists the fields of its last base first)."""

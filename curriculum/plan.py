@@ -12,6 +12,9 @@ from curriculum.durations import parse_duration
 from curriculum.presets import Curriculum, resolve
 from curriculum.records import Pass, Stage, make_records, make_stages
 
+SCHEDULES = ("cosine", "steps", "poly")
+STEP_FACTOR = 0.1  # of the learning rate, at each of lr_steps
+
 
 @dataclass(frozen=True, repr=False)
 class Plan:
@@ -28,6 +31,8 @@ class Plan:
     warmup: str | float
     max_magnitude: float
     lr_rule: str
+    schedule: str
+    lr_steps: tuple[str | float, ...]
     stages: tuple[Stage, ...]
     records: tuple[Pass, ...]
 
@@ -91,14 +96,23 @@ class Plan:
     # -- schedules: continuous functions of progress -------------------------------------------------------------
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of optimizer step ``step``: linear warm-up from 0, then a cosine to ``min_lr``.
+        """Learning rate of optimizer step ``step``: linear warm-up from 0, then as ``schedule`` says.
+
+        ``cosine`` begins where warm-up ends, and goes to ``min_lr``. The others go by the whole clock, as in
+        mmsegmentation and mmdetection, and warm-up is a factor on them: ``poly`` falls linearly to ``min_lr``, and
+        ``steps`` to a tenth of what it was after each of ``lr_steps``.
 
         With a larger batch at a small size (``early_large_batch``) it is scaled by the square root of the batch's
         ratio, or by the ratio itself, as ``lr_rule`` says.
         """
         progress, warm = self.progress(step), self.warmup_progress
-        if progress < warm:
-            lr = self.lr * progress / warm
+        ramp = progress / warm if progress < warm else 1.0
+        if self.schedule == "steps":
+            lr = ramp * self.lr * STEP_FACTOR ** bisect.bisect_right(self._drops, step)
+        elif self.schedule == "poly":
+            lr = ramp * (self.min_lr + (1 - progress) * (self.lr - self.min_lr))
+        elif progress < warm:
+            lr = ramp * self.lr
         else:
             lr = self.min_lr + _cosine((progress - warm) / (1 - warm)) * (self.lr - self.min_lr)
         ratio = self.locate(step)[0].batch_size / self.batch_size
@@ -108,6 +122,11 @@ class Plan:
         """Weight decay of optimizer step ``step``: a cosine from ``weight_decay`` to ``weight_decay_end``."""
         end = self.weight_decay_end
         return end + _cosine(self.progress(step)) * (self.weight_decay - end)
+
+    @cached_property
+    def _drops(self) -> list[int]:
+        """The steps from which the learning rate is a tenth of what it was."""
+        return [self.first_after(duration) for duration in self.lr_steps]
 
     @cached_property
     def warmup_progress(self) -> float:
@@ -163,7 +182,7 @@ def _cosine(x: float) -> float:
 def build_plan(
     curriculum: str | dict | Curriculum = "efficienttrain++",
     *,
-    epochs: float,
+    epochs: float | str,
     num_images: int,
     batch_size: int,
     base_size: int = 224,
@@ -178,6 +197,8 @@ def build_plan(
     operator: str | None = None,
     early_large_batch: bool = False,
     lr_rule: str = "sqrt",
+    schedule: str = "cosine",
+    lr_steps: Sequence[str | float] = (),
     replay: Sequence[int] = (),
 ) -> Plan:
     """Plans a run.
@@ -190,6 +211,7 @@ def build_plan(
     Args:
         curriculum: a preset (``curriculum.PRESETS``), the content of a curriculum file, or a :class:`Curriculum`.
         epochs: the budget: passes under the epoch clock, full-size passes' worth of compute under the compute clock.
+            ``160000 steps``: as many full-size steps.
         num_images: size of the training set.
         batch_size: images per optimizer step, over all devices.
         base_size: the full input size g, pixels.
@@ -203,6 +225,8 @@ def build_plan(
         early_large_batch: larger batches at small sizes, so that many devices stay busy (EfficientTrain++ Section 5.3):
             (base / B)^2, rounded to a power of two, times ``batch_size``.
         lr_rule: ``sqrt`` or ``linear``: how the learning rate follows such a batch.
+        schedule: of the learning rate after warm-up, one of ``SCHEDULES`` (:meth:`Plan.lr_at`).
+        lr_steps: durations after which ``steps`` lowers it.
         replay: for each stage (1 for those not given), how many times a loaded image is used on average; a pass over
             the training set then takes that many times the steps (EfficientTrain++ Section 5.3).
 
@@ -218,6 +242,7 @@ def build_plan(
             f"the training set has {num_images} images but `batch_size` is {batch_size}: "
             f"lower it to at most {num_images}"
         )
+    epochs = _in_epochs(epochs, num_images // batch_size if batch_size > 0 else 1)
     for name, value, low, high in (
         ("epochs", epochs, 0, math.inf),
         ("batch_size", batch_size, 0, math.inf),
@@ -230,6 +255,14 @@ def build_plan(
         raise ValueError(f"`max_magnitude` is {max_magnitude}; RandAugment's range is 0 to 10")
     if lr_rule not in ("sqrt", "linear"):
         raise ValueError(f"`lr_rule` is {lr_rule!r}; choose sqrt or linear")
+    if schedule not in SCHEDULES:
+        raise ValueError(f"`schedule` is {schedule!r}; choose {', '.join(SCHEDULES)}")
+    if (schedule == "steps") != bool(lr_steps):
+        raise ValueError(
+            "`schedule` steps needs `lr_steps`, e.g. 8 11"
+            if schedule == "steps"
+            else f"`lr_steps` is for the schedule steps, but `schedule` is {schedule}"
+        )
 
     chosen = resolve(curriculum, base_size, size_multiple)
     changes = {key: value for key, value in (("operator", operator), ("magnitude", magnitude)) if value is not None}
@@ -250,9 +283,27 @@ def build_plan(
         warmup=warmup,
         max_magnitude=max_magnitude,
         lr_rule=lr_rule,
+        schedule=schedule,
+        lr_steps=tuple(lr_steps),
         stages=stages,
         records=make_records(stages, chosen, max_magnitude),
     )
     if plan.warmup_progress >= 1:
         raise ValueError(f"`warmup` {warmup} is not shorter than the run of {epochs:g} epochs; write e.g. 10%")
+    drops, durations = plan._drops, [parse_duration(duration) for duration in lr_steps]
+    shares = all(unit == "%" and 0 < value < 100 for value, unit in durations)  # few steps may not tell them apart
+    if any(not 0 < drop < plan.total_steps + shares for drop in drops) or drops != sorted(
+        drops if shares else {*drops}
+    ):
+        raise ValueError(
+            f"`lr_steps` {' '.join(map(str, lr_steps))}: they must rise, within the run of {epochs:g} epochs"
+        )
     return plan
+
+
+def _in_epochs(epochs: float | str, steps_per_epoch: int) -> float:
+    """The budget in epochs, of a number of epochs or ``N steps``."""
+    value, unit = parse_duration(epochs) if isinstance(epochs, str) else (epochs, "epochs")
+    if unit not in ("epochs", "steps"):
+        raise ValueError(f"`epochs` is {epochs!r}; write a number of epochs, or e.g. 160000 steps")
+    return value / steps_per_epoch if unit == "steps" else value

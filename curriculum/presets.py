@@ -139,6 +139,13 @@ def _progressive(base: int, multiple: int) -> Curriculum:
     )
 
 
+def _dense(base: int, multiple: int) -> Curriculum:
+    """For detection and segmentation, of no paper and experimental: half and three quarters of the size, each for three
+    tenths of the compute. The side list, the crop and the longest side follow the size (dense.transforms)."""
+    sizes = (round_to(base / 2, multiple), round_to(3 * base / 4, multiple), base)
+    return Curriculum("dense-experimental", "compute", tuple(zip((0.3, 0.6, 1.0), sizes)), base, magnitude="none")
+
+
 def _plus(name: str, *stages: tuple[float, int]) -> Curriculum:
     return Curriculum(name, "compute", stages)
 
@@ -153,7 +160,12 @@ _FIXED = {
         "efficienttrain++-experimental", "compute", ((0.1, 24), (0.4, 32), (0.7, 48), (1.0, 64)), base_size=64
     ),
 }
-_COMPUTED = {"efficienttrain": _efficienttrain, "efficienttrain-linear": _linear, "progressive": _progressive}
+_COMPUTED = {
+    "efficienttrain": _efficienttrain,
+    "efficienttrain-linear": _linear,
+    "progressive": _progressive,
+    "dense-experimental": _dense,
+}
 PRESETS = ("none", *_COMPUTED, *_FIXED)
 
 

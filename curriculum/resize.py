@@ -26,7 +26,8 @@ def set_input_size(
 ) -> bool:
     """Make `model` ready for square images of `size` pixels, in place; parameters keep their identity.
 
-    Three ways, tried in order: nothing to do for a model that does not depend on the size; the model's own (timm's)
+    A model that says ``any_size`` pads what it is given, whatever its shape: only its ``input_size`` is noted. Else
+    three ways, tried in order: nothing to do for a model that does not depend on the size; the model's own (timm's)
     `set_input_size(img_size=(H, W))`; a model built anew by `model.rebuild(size)`, from which the present one takes
     what depends on the size. In each, position embeddings and bias tables are resampled from what the model held
     before: bilinear, align_corners=False, not antialiased; class tokens are kept. Optimizer state of the parameter's
@@ -57,6 +58,11 @@ def set_input_size(
     averaged = getattr(ema, "module", ema)
     for part in (model, averaged):
         _refuse_wrapped(part)
+    if getattr(model, "any_size", False):
+        for part in (model, averaged):
+            if part is not None:
+                part.input_size = size
+        return False
     changed = []
     if size != _present_size(model):
         check_input_sizes(model, [size])
@@ -87,6 +93,8 @@ def check_input_sizes(model: nn.Module, sizes: Iterable[int]) -> None:
     >>> check_input_sizes(create_model("test_vit", img_size=64), [32, 48])
     """
     _refuse_wrapped(model)
+    if getattr(model, "any_size", False):
+        return
     trial = _Trial(model)
     for size in sizes:
         reason = trial.refusal(size)

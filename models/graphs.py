@@ -47,6 +47,8 @@ def export_graph(
     settings, classes = content.get("config"), content.get("classes")
     if "format_version" not in content or not classes:
         raise ValueError(f"{source} is not a checkpoint of this project, so its model cannot be built from it")
+    if settings.get("task") in ("detection", "segmentation"):
+        raise ValueError(f"{source} is a {settings['task']} checkpoint: export it by python -m dense.export")
     try:
         size = size or settings["eval_size"] or settings["input_size"]
         outputs = settings["num_classes"] or len(classes)

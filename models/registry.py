@@ -127,14 +127,23 @@ def build_from_file(
         raise ValueError(
             f"{source} asks for input size {input_size}; if that is meant, name it: --input_size, --eval_size"
         )
+    return build_bounded(lambda: create_model(name, classes, input_size, **(arguments or {})), name, state, source)
+
+
+def build_bounded(build: Callable[[], nn.Module], name: str, state: dict[str, torch.Tensor], source: str) -> nn.Module:
+    """``build()``, but for a model that is far larger than ``state``, which the file ``source`` holds of it.
+
+    Raises:
+        ValueError: that, or that it cannot be built; names the file.
+    """
     try:
-        with torch.device("meta"):
-            probe = create_model(name, classes, input_size, **(arguments or {}))
+        with torch.device("meta"), Skeleton():
+            probe = build()
         needed = sum(tensor.numel() for tensor in probe.state_dict().values())
         held = sum(tensor.numel() for tensor in state.values())
         if needed > 2 * held + 1_000_000:
             raise ValueError(f"it would have {needed:,} numbers, and the file holds {held:,}")
-        return create_model(name, classes, input_size, **(arguments or {}))
+        return build()
     except Exception as error:  # arguments of another type or size fail wherever a constructor meets them
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"{source}: its model {name} cannot be built: {reason}") from None

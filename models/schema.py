@@ -28,6 +28,8 @@ class Best(TypedDict, total=False):
     """The best evaluation so far, by the task's score; empty for a task that has none."""
 
     acc1: float
+    box_AP: float
+    mIoU: float
     map: float
     step: Count
     weights: Literal["model", "model_ema"]

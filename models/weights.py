@@ -117,7 +117,7 @@ def load_weights(
             report.dropped.append(name)
         elif target not in own:
             (report.dropped if is_head else unexpected).append(name)
-        elif (fitted := _fit(target, tensor, own[target])) is not None:
+        elif (fitted := fit(target, tensor, own[target])) is not None:
             if is_head and order:
                 fitted = _in_order(fitted, order, outputs)
             new[target] = fitted
@@ -212,7 +212,7 @@ def _is_weights(value: Any) -> bool:
     return named and all(isinstance(x, Tensor) for x in value.values())
 
 
-def _fit(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:
+def fit(name: str, tensor: Tensor, own: Tensor) -> Tensor | None:
     """The tensor in the shape of the model's own, resampled if it is positional; None if it does not fit."""
     if tensor.shape == own.shape:
         return tensor

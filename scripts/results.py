@@ -34,6 +34,8 @@ from training.run_files import check_records, read_environment, read_plan, read_
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
 CIRCUMSTANCES = (*named(Config, "free"), "seed")
+# What runs are judged by, in the column top-1 too.
+SCORES = {"detection": "test_box_AP", "segmentation": "test_mIoU"}
 COLUMNS = (
     *("table", "row", "model", "curriculum", "epochs", "runs", "top-1", "theirs", "difference"),
     *("less compute", "theirs ", "less time", "theirs  ", "training time"),
@@ -114,10 +116,11 @@ def read_run(path: Path) -> Run | str:
             return f"log.txt has no pass that trained {100 * done:.1f} to {100 * record['start']:.1f} % of its plan"
         done = record["progress"]
     last = records[-1]
-    if "test_acc1" not in last:
+    key = SCORES.get(settings.get("task"), "test_acc1")
+    if last.get(key) is None:
         return "no evaluation at the end"
     # The papers evaluate the average where they keep one.
-    top1 = last.get("test_acc1_ema", last["test_acc1"])
+    top1 = last.get(f"{key}_ema", last[key])
     return Run(path, settings, plan, top1, sum(record["seconds"] for record in records), devices)
 
 
@@ -139,7 +142,8 @@ def collect(runs: list[Run], papers: dict[str, Any]) -> list[dict[str, str]]:
         ]
         for row in first.settings["rows"] or [None]:
             want = papers.get(row, {})
-            theirs = want.get("top1")
+            metrics = want.get("metrics", {})
+            theirs = want.get("top1", metrics.get("AP", metrics.get("mIoU")))
             if isinstance(theirs, dict):  # pre-training is judged by what fine-tuning makes of it
                 theirs = theirs.get(f"r{first.plan['base_size']}") if first.settings["finetune"] else None
             printed = want.get("speedup", {})

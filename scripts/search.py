@@ -126,6 +126,10 @@ def _integers(text: str) -> list[int]:
 def make_search(args: argparse.Namespace, study: Study) -> Greedy | Constrained | Magnitudes | Tuning:
     """Raises ValueError for arguments out of range."""
     config = study.config
+    if config.task != "supervised":
+        raise ValueError(f"--task {config.task}: searches compare accuracies, of --task supervised")
+    if isinstance(config.epochs, str):
+        raise ValueError(f"--epochs is {config.epochs!r}; a search shares out a number of epochs")
     for name in ("seeds", "parallel", "stages"):
         if (value := getattr(args, name, None)) is not None and value < 1:
             raise ValueError(f"--{name} is {value}; it must be at least 1")

@@ -31,16 +31,20 @@ weight_decay weight_decay_end replay input_size seed micro_batch forward_batch m
 task mae_target mask_ratio decoder model_ema model_ema_decay channels_last opt opt_eps opt_betas momentum layer_decay
 clip_grad amp on_nonfinite crop_scale crop_ratio train_interpolation hflip color_jitter pipeline max_bad smoothing
 reprob mixup cutmix mixup_prob mixup_switch_prob augment_on num_workers replay_memory mean std
+crop_pct schedule lr_steps head_args
 """
 ELSEWHERE = {
-    "main.py": "channels_last finetune linear_probe head_init_scale mean std allow_change compile seed device "
+    "main.py": "channels_last finetune linear_probe head_init_scale mean std compile seed device "
     "deterministic tf32 eval predict suggest doctor plan output_dir",
     "datasets.py": "data_set data_path train_split val_split val_per_class val_share class_map labels label_columns "
     "label_separator label_key cache_dir cache_size",
+    "training/identity.py": "allow_change",
+    "training/scenes.py": "head train_sides max_side test_side crop crop_prob",
     "training/session.py": "output_dir save_interval keep_checkpoints timeout stop_after eval_interval log_interval",
     "training/resume.py": "resume auto_resume output_dir",
-    "training/validation.py": "eval_size crop_pct",
+    "training/validation.py": "eval_size",
     "commands/evaluate.py": "mean std crop_pct eval_data real_labels",
+    "commands/dense.py": "pictures scales_test flip_test",
     "commands/predict.py": "crop_pct predict predict_to top_k threshold",
     "commands/plan.py": "num_images devices speeds baseline_epochs",
 }

@@ -140,6 +140,7 @@ def test_help_is_for_people(capsys):
     assert [line[:-1] for line in text.splitlines() if re.fullmatch(r"\w.*:", line)] == [
         *("options", "the settings to begin with", "run", "data", "model", "curriculum", "optimization"),
         "regularization (after RandAugment)",
+        "detection and segmentation",
     ]
     assert "--crop_scale X,X" in text and "(default: 0.08,1)" in text
 

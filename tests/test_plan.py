@@ -485,3 +485,68 @@ def test_first_step_after_a_duration():
         assert plan.measure(step, unit) >= value - 1e-9 > plan.measure(step - 1, unit)
     assert plan.first_after("77 steps") == 77 and plan.first_after("0%") == 0
     assert plan.first_after("200%") == plan.first_after("1e9 steps") == plan.total_steps
+
+
+# -- detection and segmentation: step and polynomial schedules, budgets in steps ---------------------------------------
+
+
+def dense_plan(**options):
+    options = {"num_images": 117266, "batch_size": 16, "base_size": 800, "lr": 1e-4, "min_lr": 0.0, **options}
+    return build_plan("none", **options)
+
+
+def test_budgets_in_steps_are_met_to_the_step():
+    assert dense_plan(epochs="87960 steps").total_steps == 87960
+    for steps in (80000, 160000):
+        assert dense_plan(epochs=f"{steps} steps", num_images=20210).total_steps == steps
+    assert dense_plan(epochs=12).total_steps == 12 * (117266 // 16)
+    with pytest.raises(ValueError, match=r"`epochs` is '20%'; write a number of epochs, or e\.g\. 160000 steps"):
+        dense_plan(epochs="20%")
+
+
+def test_step_schedule_falls_to_a_tenth_where_it_should_after_a_linear_warmup():
+    drops = ["58640 steps", "80630 steps"]  # epochs 8 and 11 of 12, of 7,330 steps each
+    plan = dense_plan(epochs="87960 steps", schedule="steps", lr_steps=drops, warmup="500 steps")
+    for step in (0, 1, 250, 499, 500, 7000, 58639, 58640, 80629, 80630, 87959):
+        expected = 1e-4 * min(1, step / 500) * 0.1 ** ((step >= 58640) + (step >= 80630))
+        assert plan.lr_at(step) == pytest.approx(expected, rel=1e-9), step
+    assert dense_plan(epochs=12, schedule="steps", lr_steps=(8, 11)).lr_at(8 * 7329) == pytest.approx(1e-5)
+
+
+def test_poly_schedule_is_mmsegmentations_with_warmup_as_a_factor():
+    plan = dense_plan(epochs="160000 steps", num_images=20210, lr=6e-5, schedule="poly", warmup="1500 steps")
+    for step in (1, 700, 1499, 1500, 80000, 159999):
+        # mmcv's warm-up: (1 - (1 - step / 1500) (1 - ratio)) of the regular rate, of which the ratio is 1e-6.
+        warm = 1 - (1 - min(1, step / 1500)) * (1 - 1e-6)
+        assert plan.lr_at(step) == pytest.approx(6e-5 * (1 - step / 160000) * warm, rel=2e-3 if step == 1 else 1e-5)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 40])
+def test_steps_given_as_shares_fit_a_run_of_any_length(steps):
+    options = {"num_images": 320, "batch_size": 8, "base_size": 64, "epochs": f"{steps} steps", "lr": 1.0, "warmup": 0}
+    plan = build_plan("none", **options, schedule="steps", lr_steps=("67%", "92%"))
+    lrs = [plan.lr_at(step) for step in range(plan.total_steps)]
+    assert plan.total_steps == steps and lrs[0] == 1 and lrs == sorted(lrs, reverse=True)
+    assert steps < 40 or (lrs[26], lrs[27], lrs[36], lrs[37]) == (1, 0.1, 0.1, pytest.approx(0.01))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"schedule": "exp"}, "`schedule` is 'exp'; choose cosine, steps, poly"),
+        ({"schedule": "steps"}, "`schedule` steps needs `lr_steps`"),
+        ({"lr_steps": (8,)}, "`lr_steps` is for the schedule steps"),
+        ({"schedule": "steps", "lr_steps": (8, 13)}, "`lr_steps` 8 13: they must rise, within the run of 12 epochs"),
+        ({"schedule": "steps", "lr_steps": (11, 8)}, "`lr_steps` 11 8: they must rise"),
+    ],
+)
+def test_schedules_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dense_plan(epochs=12, **options)
+
+
+def test_dense_curriculum_spends_three_tenths_of_the_compute_at_half_and_at_three_quarters():
+    plan = build_plan("dense-experimental", epochs=12, num_images=8000, batch_size=16, base_size=800, size_multiple=32)
+    assert sizes(plan) == [416, 608, 800]
+    for stage, share in zip(plan.stages, (0.3, 0.3, 0.4)):
+        assert stage.steps * (stage.input_size / 800) ** 2 / (12 * 500) == pytest.approx(share, abs=1e-3)

@@ -310,6 +310,8 @@ def test_a_stage_whose_checkpoint_is_gone_is_trained_again(find, tmp_path):
         (["constrained", "--full_share", "90"], {}, "--full_share 90"),
         (["constrained"], {"epochs": 0.5}, "too short"),
         (["magnitude", "--magnitudes", "cubic:9"], {}, "cubic:9"),
+        (["constrained"], {"epochs": "160 steps"}, "--epochs is '160 steps'"),
+        (["greedy"], {"epochs": "160 steps"}, "--epochs is '160 steps'"),
         (["tune"], {"data_path": "/nowhere"}, "/nowhere"),
         (["greedy"], {"output_dir": "x"}, "--output_dir is not for searches"),
     ],

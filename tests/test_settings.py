@@ -15,12 +15,14 @@ import torch
 import yaml
 from conftest import TINY, script, write_images
 
+import commands.dense
 import commands.evaluate
 import commands.plan
 import commands.predict
 import datasets
 import main
 import training.build
+import training.scenes
 import training.session
 import training.stopping as stopping
 import training.validation
@@ -333,13 +335,13 @@ def _(make):
             training.validation.validate(session, p.plan.records[0])
 
     consumers = {
-        training.validation: validated,
+        training.build: validated,
         commands.evaluate: lambda p: commands.evaluate.evaluate_weights(p.config, CPU),
         commands.predict: lambda p: predict(p.config, {"model", "crop_pct"}, CPU),
     }
     for module, call in consumers.items():
         make.monkeypatch.setattr(module, "EvalTransform", stop)
-        weights = {} if module is training.validation else {"resume": make.checkpoint, "predict": str(make.folder)}
+        weights = {} if module is training.build else {"resume": make.checkpoint, "predict": str(make.folder)}
         with pytest.raises(Reached, match=r"0\.5"):
             call(make(crop_pct=0.5, **weights))
 
@@ -621,3 +623,71 @@ def _(make):
     total = planned(make(plan="json", speeds=str(path)))["total"]
     assert total["seconds"] == pytest.approx(total["images"] / 100)
     assert planned(make(plan="json"))["total"]["seconds"] is None
+
+
+# -- detection and segmentation ----------------------------------------------------------------------------------------
+DETECTION = {
+    **{"task": "detection", "data_set": "coco", "model": "convnext_atto", "test_side": 96, "max_side": 192},
+    **{"magnitude": "none", "mixup": 0.0, "cutmix": 0.0, "reprob": 0.0, "smoothing": 0.0, "curriculum": "none"},
+    **{"head_args": {"channels": 16}, "train_sides": [96, 128]},
+}
+SEGMENTATION = {**DETECTION, "task": "segmentation", "data_set": "masks", "crop": 64, "head_args": {"width": 16}}
+
+
+def plan_of(p):
+    return training.build.make_plan(p.config, 20, 3)
+
+
+def detector(p):
+    return training.build.make_model(p.config, 3, 96)
+
+
+def scene_transform(p):
+    return training.scenes.make_scene_transform(p.config, plan_of(p))
+
+
+def eval_transform(p):
+    """Of a validation image."""
+    loader = training.build.make_eval_loader(p.config, None, range(2), 96, 1, CPU)
+    return loader.dataset.transform
+
+
+wired("schedule", "poly", lambda p: p.plan.schedule)
+wired("lr_steps", ["40%"], lambda p: list(plan_of(p).lr_steps), schedule="steps", lr_steps=["50%"])
+wired("head", "retinanet", lambda p: type(detector(p)).__name__, "RetinaNet", **DETECTION)
+wired("head_args", {"masks": False, "channels": 8}, lambda p: heads(detector(p)), (0, 8), **DETECTION)
+wired("train_sides", [64, 96], lambda p: list(scene_transform(p).sides), **DETECTION)
+wired(
+    "max_side",
+    256,
+    lambda p: (scene_transform(p).max_side, eval_transform(p).max_side),
+    (256, 256),
+    **DETECTION,
+)
+wired("test_side", 128, lambda p: (plan_of(p).base_size, eval_transform(p).side), (128, 128), **DETECTION)
+wired("crop", 96, lambda p: (plan_of(p).base_size, scene_transform(p).crop), (96, 96), **SEGMENTATION)
+wired("crop_prob", 0.125, lambda p: scene_transform(p).crop_prob, **DETECTION)
+wired("scales_test", [0.5, 1.0], lambda p: list(commands.dense._task(p.config).scales), **SEGMENTATION)
+wired("flip_test", True, lambda p: commands.dense._task(p.config).flip, **SEGMENTATION)
+
+
+def heads(model):
+    return len(model.roi_heads.mask_heads), model.fpn.inner_blocks[0][0].out_channels
+
+
+@special("pictures")
+def _(make):
+    class Reached(Exception):
+        pass
+
+    def stop(folder, names, pictures):
+        raise Reached(pictures)
+
+    make.monkeypatch.setattr(commands.dense, "LabelWriter", stop)
+    make.monkeypatch.setattr(commands.dense, "build_bounded", lambda *_: torch.nn.Identity())
+    make.monkeypatch.setattr(commands.dense, "load_dense", lambda *_: None)
+    content = {"config": {}, "classes": ["a", "b"], "model": {}, "step": 1}
+    for value in (False, True):
+        config = make(pictures=value, predict_to="out", **SEGMENTATION).config
+        with pytest.raises(Reached, match=str(value)):
+            commands.dense.predict_dense(config, set(), [], content, "model", CPU)

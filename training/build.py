@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.utils.data import DataLoader
 
 from config import Config, UsageError, as_usage, load_curriculum
+from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
-from datasets import Source, TrainSet, training_batches
+from curriculum.skeleton import Skeleton
+from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
+from dense.build import make_dense
+from dense.scenes import TrainScenes
+from dense.tasks import Detection, SceneFinish, Segmentation
+from dense.tasks import eval_loader as dense_eval_loader
+from dense.tasks import training_batches as dense_batches
+from dense.transforms import DetectionTest, SegmentationTest
 from engine import Task, Training
 from inputs.bad_files import BadFiles
 from inputs.device import DeviceAugment, DeviceTransform
 from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
+from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity
-from inputs.transforms import TrainTransform
+from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
 from training.numerics import NEVER, LossMeter, max_skipped
+from training.scenes import base_size, has_masks, head_of, make_scene_transform, open_dense, test_sides
 from training.tasks import Classification, MultiLabel, Reconstruction
+from utils import Topology
 
 
 def make_plan(config: Config, num_images: int, classes: int) -> Plan:
     """The plan of a run, every size of which the model was seen to take."""
     with as_usage():
-        with torch.device("meta"):
+        with torch.device("meta"), Skeleton() if config.task in DENSE_TASKS else nullcontext():
             probe = make_model(config, classes, config.input_size)
         plan = build_plan(
             load_curriculum(config.curriculum),
             epochs=config.epochs,
             num_images=num_images,
             batch_size=config.batch_size,
-            base_size=config.input_size,
+            base_size=base_size(config),
             size_multiple=probe.size_multiple,
             lr=config.lr,
             min_lr=config.min_lr,
@@ -46,6 +59,8 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
             operator=config.operator,
             early_large_batch=config.early_large_batch,
             lr_rule=config.lr_rule,
+            schedule=config.schedule,
+            lr_steps=config.lr_steps or (),
             replay=config.replay or (),
         )
         check_input_sizes(
@@ -56,10 +71,39 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
 
 def make_model(config: Config, classes: int, input_size: int) -> nn.Module:
     options = config.model_args or {}
+    if config.task in DENSE_TASKS:
+        with as_usage():
+            model = make_dense(head_of(config), config.model, classes, config.drop_path, options, config.head_args)
+        model.input_size, model.num_classes = input_size, classes
+        return model
     if config.task == "mae":
         options = {"target": config.mae_target, "mask_ratio": config.mask_ratio, "decoder": config.decoder, **options}
         return create_mae(config.model, input_size, config.drop_path, **options)
     return create_model(config.model, classes, input_size, config.drop_path, **options)
+
+
+def open_sources(config: Config, classes: list[str] | None = None) -> tuple[Source, Source]:
+    """The training and the validation set that the settings name, their classes in this order. Raises UsageError."""
+    if config.task not in DENSE_TASKS:
+        return build_source(config, True, classes), build_source(config, False, classes)
+    train = open_dense(config, True, classes)
+    return train, open_dense(config, False, train.classes)
+
+
+def usable(config: Config, source: Source) -> Source:
+    """The validation images that can be used. Those of scenes were looked for when they were opened; all are needed."""
+    if config.task in DENSE_TASKS:
+        return source
+    with as_usage():
+        return drop_unreadable(source, config.max_bad)
+
+
+def describe(config: Config, sources: tuple[Source, Source]) -> list[str]:
+    """What was read, in a line or two."""
+    if config.task not in DENSE_TASKS:
+        return describe_data(config, sources)
+    train, test = sources
+    return [f"data: {len(train):,} training and {len(test):,} validation scenes, {len(train.classes)} classes"]
 
 
 def number_of_classes(config: Config, source: Source) -> int:
@@ -113,6 +157,9 @@ def make_batches(
     config: Config, plan: Plan, sampler: CurriculumSampler, source: Source, device: torch.device
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
+    if config.task in DENSE_TASKS:
+        scenes = TrainScenes(source, make_scene_transform(config, plan), BadFiles(config.max_bad, config.output_dir))
+        return dense_batches(scenes, sampler, config.num_workers, device.type == "cuda")
     data, augment = make_train_set(config, plan, source), make_augment(config, plan)
     return training_batches(data, sampler, device, config.num_workers, augment, config.replay_memory * 1e9)
 
@@ -120,6 +167,18 @@ def make_batches(
 def make_augment(config: Config, plan: Plan) -> DeviceAugment | None:
     """What augments batches on the device, if it does not happen in the loader's workers."""
     return DeviceAugment(plan.operator, RandAugment().fill) if config.augment_on == "device" else None
+
+
+def make_eval_loader(
+    config: Config, plan: Plan, source: Source, size: int, batch: int, topology: Topology
+) -> DataLoader:
+    """This process's share of an evaluation at input size ``size``."""
+    share = topology.rank, topology.world_size, config.num_workers, topology.device.type == "cuda"
+    if config.task in DENSE_TASKS:
+        transform = DetectionTest if config.task == "detection" else SegmentationTest
+        return dense_eval_loader(source, transform(*test_sides(config)), *share)
+    transform = EvalTransform(config.eval_size or plan.base_size, size, plan.operator, config.crop_pct)
+    return eval_loader(source, transform, batch, *share)
 
 
 def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
@@ -170,6 +229,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
     """What happens to a batch on the device."""
+    if config.task in DENSE_TASKS:
+        return SceneFinish(config.mean or IMAGENET_MEAN, config.std or IMAGENET_STD, config.channels_last)
     return Finish(
         num_classes=num_classes,
         mean=config.mean or IMAGENET_MEAN,
@@ -188,6 +249,10 @@ def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
 
 def make_task(config: Config, model: nn.Module, classes: int) -> Task:
     """What the run learns; ``classes`` are the data set's."""
+    if config.task == "detection":
+        return Detection(has_masks(config))
+    if config.task == "segmentation":
+        return Segmentation()
     if config.task == "mae":
         return Reconstruction(model.patch_side)
     return MultiLabel(classes) if config.task == "multilabel" else Classification(config.smoothing)
@@ -224,6 +289,13 @@ def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model:
         clip_grad=config.clip_grad,
         skip_nonfinite=skip,
     )
+
+
+def synchronise(model: nn.Module, topology: Topology) -> nn.Module:
+    """BatchNorm over all devices in a model that asks for it: a detector's heads see few images on each. CUDA only."""
+    if getattr(model, "sync_batch_norm", False) and topology.world_size > 1 and topology.device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

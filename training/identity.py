@@ -16,10 +16,14 @@ from curriculum import Plan, Segment
 from datasets import Source
 
 OPTIMIZER = tuple(named(Config, "optimizer"))
+DENSE = ("task", "head", "head_args")
 MAE = ("task", "mae_target", "decoder")
+OF_TASK = {"multilabel": ("task",), "mae": MAE, "detection": DENSE, "segmentation": DENSE}
 SETTINGS_OF_LATER = ("mask_ratio",)  # in the identity of earlier checkpoints, and compared as the setting that it is
 # Settings that are compared by what came of them.
-IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE)
+IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE, *DENSE)
+# Settings that lead to what a key of the identity says, where it has another name.
+NARROWER = {"stages": ("input_size", "crop"), "base_size": ("input_size", "crop"), "classes": ("num_classes",)}
 SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 
 
@@ -34,9 +38,7 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
         replay=[stage.replay for stage in plan.stages],
     )
     # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
-    task = {key: getattr(config, key) for key in MAE} if config.task == "mae" else {}
-    if config.task == "multilabel":
-        task = {"task": config.task}
+    task = {key: getattr(config, key) for key in OF_TASK.get(config.task, ())}
     return {
         "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
         "data": _data(sources[0]),
@@ -126,8 +128,8 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
     found = []
     for part, before in (saved["identity"] or {}).items():
         for key, text in _compared(before, now.get(part), part):
-            narrower = {"stages": "input_size", "base_size": "input_size", "classes": "num_classes"}.get(key, key)
-            names = dict.fromkeys(("data" if part == "validation" else part, narrower))
+            narrower = NARROWER.get(key, (key,))
+            names = dict.fromkeys(("data" if part == "validation" else part, *narrower))
             found.append(Difference(tuple(names), text, part in ("data", "curriculum", "batch_size")))
     covered = () if saved["identity"] is None else IN_IDENTITY
     wanted = [name for name in named(Config, "learned", "model") if name not in covered]

@@ -20,12 +20,13 @@ import torch
 from PIL import Image
 
 from config import Config, plain
+from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.findings import FINDINGS
 from training.logs import duration_text, read_log
-from training.report_findings import findings_section, table
+from training.report_findings import class_scores, findings_section, table
 from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
 from utils import write_text
 
@@ -37,7 +38,10 @@ SCORES = {
     "supervised": ("test_acc1", "top-1", "top-1, %", 2),
     "multilabel": ("test_map", "mAP", "mAP, %", 2),
     "mae": ("test_loss", "reconstruction loss", "test loss", 4),
+    "detection": ("test_box_AP", "box AP", "box AP, %", 2),
+    "segmentation": ("test_mIoU", "mIoU", "mIoU, %", 2),
 }
+OTHERS = {"test_acc5": "top-5", "test_mask_AP": "mask AP", "test_mAcc": "mean accuracy"}  # drawn beside it
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; background: #f6f6f4; margin: 0 }
 main { max-width: 1720px; margin: auto; padding: 24px }
@@ -139,8 +143,9 @@ def write_report(output: Path) -> Path:
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
         *_validation(output),
+        class_scores(records),
         f'<div class="halves"><section><h2>The plan</h2>{_drawing(output / "plan.svg")}</section>'
-        f"<section><h2>What the network saw</h2>{_samples(output, plan)}</section></div>",
+        f"<section><h2>What the network saw</h2>{_samples(output, settings, plan)}</section></div>",
         *(["<h2>Changed on the way</h2>" + table(["when, what"], [[c] for c in changes], names=1)] if changes else []),
         "<h2>Settings that differ from the defaults</h2>" + _settings(settings),
         "<details><summary>All settings (config.yaml)</summary>"
@@ -163,7 +168,7 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
     key, name, *_ = SCORES[settings.get("task", "supervised")]
-    scores = [record[k] for record in at_base for k in (key, f"{key}_ema") if k in record]
+    scores = [record[k] for record in at_base for k in (key, f"{key}_ema") if record.get(k) is not None]
     score = (f"{max(scores):.2f} %" if scores else "–", f"best {name} at {base} pixels")
     if settings.get("task") == "mae":
         score = (f"{at_base[-1]['test_loss']:.4f}" if at_base else "–", f"reconstruction loss at {base} pixels")
@@ -172,7 +177,7 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     cards = [
         (state, f"{plan['epochs']:g} epochs, {total['steps']:,} optimizer steps"),
         score,
-        (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs'] or settings['epochs']:g} ordinary epochs"),
+        (f"{speedup:.2f}x", f"less compute than {settings['baseline_epochs'] or plan['epochs']:g} ordinary epochs"),
         (duration_text(sum(record["seconds"] for record in records)), "spent on training"),
     ]
     if total["params"]:
@@ -203,7 +208,8 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     loss = lines({"train_loss": "training", "test_loss": "validation", "test_loss_ema": "validation, average"})
     task = settings.get("task", "supervised")
     key, name, *_ = SCORES[task]
-    accuracy = {key: name, f"{key}_ema": f"{name}, average", "test_acc5": "top-5"}
+    dense = task in DENSE_TASKS
+    accuracy = {key: name, f"{key}_ema": f"{name}, average", **OTHERS}
 
     def draw(title: str, drawn: list[Series], unit: str, by_time: bool = False, **how: bool) -> str:
         x_label = "hours of training" if by_time else x
@@ -213,8 +219,10 @@ def _curves(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     if task == "mae":
         return [draw("Reconstruction, at each stage's size", loss, "mean squared error", clip=True), throughput]
     return [
-        draw("Loss (of training, on mixed images)", loss, "cross entropy", clip=True),
-        draw(f"{name}, at each stage's size", lines(accuracy), "per cent"),
+        draw("Loss", loss, "sum of all losses", clip=True)
+        if dense
+        else draw("Loss (of training, on mixed images)", loss, "cross entropy", clip=True),
+        draw(name if dense else f"{name}, at each stage's size", lines(accuracy), "per cent"),
         throughput,
         draw(f"{name} against time", lines(accuracy, hours), "per cent", by_time=True),
     ]
@@ -243,7 +251,7 @@ def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
         mine = [record for record in records if first < record["step"] <= first + stage["steps"]]
         first += stage["steps"]
         seconds, images = (sum(record[key] for record in mine) for key in ("seconds", "images"))
-        scores = [record[key] for record in mine if key in record]
+        scores = [record[key] for record in mine if record.get(key) is not None]
         rows.append(
             [
                 number,
@@ -275,7 +283,7 @@ def _stages(settings: dict[str, Any], plan: dict[str, Any], records: list[dict[s
     return table(heads, rows)
 
 
-def _samples(output: Path, plan: dict[str, Any]) -> str:
+def _samples(output: Path, settings: dict[str, Any], plan: dict[str, Any]) -> str:
     figures = []
     for number, stage in enumerate(plan["stages"], 1):
         first = stage["magnitude"][0]
@@ -284,6 +292,8 @@ def _samples(output: Path, plan: dict[str, Any]) -> str:
         more = "(first images of the stage, cropped, augmented, erased and mixed)"
         figures.append(_figure(output / "samples" / f"stage-{number}.png", about, more))
         answers = "validation images, what the model saw of them, and what it predicted (HOG: below that of the images)"
+        if settings.get("task") in DENSE_TASKS:
+            more, answers = "(first images of the stage)", "validation images, with what was predicted"
         figures.append(_figure(output / "samples" / f"stage-{number}-answers.png", f"stage {number}", answers))
     return "".join(figures) or "<p>Nothing yet.</p>"
 

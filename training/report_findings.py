@@ -69,6 +69,19 @@ def _image(line: dict[str, Any]) -> str:
     )
 
 
+def class_scores(records: list[dict[str, Any]]) -> str:
+    """A detector's or segmenter's last scores of every class; empty for other tasks."""
+    classes = next((record["per_class"] for record in reversed(records) if "per_class" in record), None)
+    if not classes:
+        return ""
+    columns = list(next(iter(classes.values())))
+    rows = [
+        [name, *("–" if values.get(key) is None else f"{values[key]:.2f}" for key in columns)]
+        for name, values in classes.items()
+    ]
+    return "<h2>Classes</h2>" + table(["class", *(f"{key.replace('_', ' ')}, %" for key in columns)], rows, names=1)
+
+
 def table(heads: list[str], rows: Iterable[list[Any]], names: int = 0) -> str:
     """``names``: how many of the first columns are text, set to the left."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from config import Config, UsageError, plain
-from config.checks import parse_interval
+from config.checks import DENSE_TASKS, parse_interval
 from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
@@ -244,6 +244,8 @@ def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> li
     """
     if found is not None:
         return found[1].get("classes")
+    if config.task in DENSE_TASKS:  # which fine-tune what knows other classes
+        return None
     return read_weights(config.finetune).get("classes") if config.finetune else None
 
 

@@ -75,6 +75,12 @@ class Record(TypedDict, total=False):
     test_acc5: Number
     test_map: Number
     test_map_ema: Number
+    test_box_AP: Number | None
+    test_box_AP_ema: Number | None
+    test_mask_AP: Number | None
+    test_mIoU: Number | None
+    test_mIoU_ema: Number | None
+    per_class: dict[Short, dict[Short, Number | None]]
 
 
 class Class(TypedDict, total=False):

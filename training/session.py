@@ -253,7 +253,10 @@ class Session:
     def done(self) -> int:
         if self.topology.is_main:
             score = self.training.task.score
-            value, name = self.best.get(score, -1.0), {"acc1": "top-1", "map": "mAP"}.get(score, score)
+            value, name = (
+                self.best.get(score, -1.0),
+                {"acc1": "top-1", "map": "mAP"}.get(score, str(score).replace("_", " ")),
+            )
             best = "" if value < 0 else f", best {name} {value:.2f} %"
             bad = len(BadFiles(folder=self.output).recorded())
             replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import Dataset
 
 from curriculum.sampler import derive_seed
+from engine import PerImage
+from inputs.finish import Finish
 from inputs.transfer import send
 from inputs.views import Source
 from training import findings
 
 
-class Classification:
+class OfImages:
+    """What tasks share whose scores are made of a few numbers for each image."""
+
+    def begin(self, data: Dataset, device: torch.device) -> PerImage:
+        return PerImage(self.measured, self.measure, self.scores, len(data), device)
+
+    def answers(self, *_: Any) -> torch.Tensor | None:
+        return None
+
+
+class Classification(OfImages):
     """Cross entropy; top-1 and top-5 accuracy in per cent (of fewer than 5 classes, all count as the top 5).
 
     Args:
@@ -27,7 +40,6 @@ class Classification:
     measured = ("loss", "acc1", "acc5", "prediction")
     metrics = ("loss", "acc1", "acc5")
     score = "acc1"
-    picture = None
 
     def __init__(self, smoothing: float = 0.0, columns: torch.Tensor | None = None) -> None:
         self.smoothing, self.columns = smoothing, columns
@@ -62,7 +74,7 @@ class Classification:
         )
 
 
-class MultiLabel:
+class MultiLabel(OfImages):
     """Any number of labels per image: binary cross entropy, and the mean average precision (mAP) in per cent.
 
     The mAP is the mean over the classes that have positive images of each one's average precision over all images of
@@ -75,7 +87,6 @@ class MultiLabel:
 
     metrics = ("loss", "map")
     score = "map"
-    picture = None
 
     def __init__(self, classes: int, columns: torch.Tensor | None = None) -> None:
         self.classes = classes
@@ -135,7 +146,7 @@ def average_precision(scores: torch.Tensor, targets: torch.Tensor) -> float | No
     return 100 * (hits * precision).sum().item() / positives
 
 
-class Reconstruction:
+class Reconstruction(OfImages):
     """The loss of a masked autoencoder (models.mae); in an evaluation every image has a mask that never changes.
 
     It says how a run goes, at the same size and of the same target. It does not say how good the features are: there is
@@ -169,11 +180,12 @@ class Reconstruction:
         average = f"  EMA {result['test_loss_ema']:.4f}" if "test_loss_ema" in result else ""
         return f"reconstruction loss {result['test_loss']:.4f}{average}"
 
-    def picture(
-        self, model: nn.Module, images: torch.Tensor, pixels: Callable[[torch.Tensor], torch.Tensor]
+    def answers(
+        self, model: nn.Module, data: Dataset, places: Sequence[int], finish: Finish, device: torch.device, size: int
     ) -> torch.Tensor:
+        images = finish.evaluate(torch.stack([data[place][0] for place in places]).to(device), size)
         noise = self.noise(images, map(derive_seed, range(len(images))))
-        return model.picture(images, noise, pixels)
+        return model.picture(images, noise, finish.pixels)
 
     def noise(self, images: torch.Tensor, seeds: Iterable[int]) -> torch.Tensor:
         """What decides on the masks, (N, patches), N / len(seeds) images by each seed: the same on any device."""

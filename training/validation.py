@@ -12,10 +12,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from curriculum import Pass, set_input_size
-from datasets import eval_loader
 from engine import evaluate
-from inputs.transforms import EvalTransform
 from inputs.views import class_counts
+from training.build import make_eval_loader
 from training.findings import FINDINGS
 from training.report import SAMPLES
 from training.session import Session
@@ -26,6 +25,7 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
     """Evaluates model and moving average at the end of a pass.
 
     Until the last stage at the stage's input size, then at the base size; with ``--eval_size`` always at that.
+    Detectors and segmenters are always evaluated at their full size.
 
     Returns:
         The log record's fields of an evaluation; None if a signal stopped it.
@@ -33,8 +33,8 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
     started = time.perf_counter()
     config, training, plan, topology = session.config, session.training, session.plan, session.topology
     final = record.stage == len(plan.stages) - 1
-    size = config.eval_size or (plan.base_size if final else record.input_size)
-    base = config.eval_size or plan.base_size
+    whole = final or getattr(unwrap(training.model), "any_size", False)
+    size = config.eval_size or (plan.base_size if whole else record.input_size)
     model = unwrap(training.model)
     broadcast_buffers(model, training.ema)
     result: dict[str, Any] = {"eval_size": size}
@@ -42,13 +42,13 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
     for suffix, module in (("", model), ("_ema", training.ema.module if training.ema else None)):
         if module is None:
             continue
-        if size != record.input_size:  # a copy, for resizing there and back would change the weights
+        if size != record.input_size and not getattr(
+            module, "any_size", False
+        ):  # a copy, for resizing there and back would change the weights
             module = copy.deepcopy(module)
             set_input_size(module, size)
         batch = training.sampler.micro_batch * max(1, int((plan.base_size / size) ** 2))
-        transform = EvalTransform(base, size, plan.operator, config.crop_pct)
-        share = topology.rank, topology.world_size, config.num_workers, topology.device.type == "cuda"
-        loader = eval_loader(session.sources[1], transform, batch, *share)
+        loader = make_eval_loader(config, plan, session.sources[1], size, batch, topology)
         scores = evaluate(
             module,
             loader,
@@ -67,6 +67,7 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
             result["eval_bad_images"] = len(bad)
         result.update({f"test_{key}{suffix}": scores[key] for key in training.task.metrics})
         if not suffix:
+            result.update({key: scores[key] for key in ("per_class",) if key in scores})
             _save_answers(session, record, module, loader.dataset, size)
             _save_findings(session, scores, size)
     session.progress.evaluation_seconds = time.perf_counter() - started
@@ -79,14 +80,13 @@ def validate(session: Session, record: Pass) -> dict[str, Any] | None:
 
 def is_better(session: Session, record: Pass, result: dict[str, Any]) -> bool:
     """Whether an evaluation at the base size (or at --eval_size) beat the best one; if so, it is the best now."""
-    better, size, plan = False, result.get("eval_size"), session.plan
+    better, size, plan, key = False, result.get("eval_size"), session.plan, session.training.task.score
     as_at_the_end = record.radius == plan.records[-1].radius
-    name = session.training.task.score
-    if name and size == (session.config.eval_size or plan.base_size) and as_at_the_end:
+    if key is not None and size == (session.config.eval_size or plan.base_size) and as_at_the_end:
         for weights in ("model", "model_ema"):
-            score = result.get(f"test_{name}" + weights.removeprefix("model"), -1.0)
-            if score > session.best.get(name, -1.0):
-                session.best = {name: score, "step": session.training.step, "weights": weights, "eval_size": size}
+            score = result.get(f"test_{key}" + weights.removeprefix("model"))
+            if score is not None and score > session.best.get(key, -1.0):
+                session.best = {key: score, "step": session.training.step, "weights": weights, "eval_size": size}
                 better = True
     return better
 
@@ -110,10 +110,12 @@ def _save_findings(session: Session, scores: dict[str, Any], size: int) -> None:
 def _save_answers(session: Session, record: Pass, model: nn.Module, data: Dataset, size: int) -> None:
     """How the model answers a few validation images, of different classes, for the report and TensorBoard."""
     training, count = session.training, min(SAMPLES, len(data))
-    if training.task.picture is None or not session.topology.is_main:
+    if not session.topology.is_main:
         return
-    images = torch.stack([data[len(data) * place // count][0] for place in range(count)])
-    images = training.finish.evaluate(images.to(session.topology.device), size, record.radius)
-    picture, name = training.task.picture(model, images, training.finish.pixels), f"stage-{record.stage + 1}"
-    session.keep_picture(f"{name}-answers", picture[None])
-    session.log.picture(training.step, f"pictures/{name}", picture)
+    places = [len(data) * place // count for place in range(count)]
+    with torch.inference_mode():
+        picture = training.task.answers(model, data, places, training.finish, session.topology.device, size)
+    if picture is not None:
+        name = f"stage-{record.stage + 1}"
+        session.keep_picture(f"{name}-answers", picture[None])
+        session.log.picture(training.step, f"pictures/{name}", picture)
