@@ -91,7 +91,7 @@ def dropped_line(source: Source) -> list[str]:
     if not dropped:
         return []
     return [
-        f"warning: validation images that cannot be used are left out of every evaluation "
+        f"warning: validation images that cannot be used are skipped in every evaluation "
         f"({len(dropped)} of {len(dropped) + len(source)}): {'; '.join(dropped)}"
     ]
 
@@ -251,6 +251,6 @@ def kill_workers() -> None:
 
 def _start_worker(_worker: int) -> None:
     torch.set_num_threads(1)  # workers are as many as the machine has cores to give
-    # A cluster signals every process of a job. Workers go on until their training process has saved and ends them.
+    # A cluster signals every process of a job. Workers run on until their training process has saved and ends them.
     for name in STOP_SIGNALS:
         signal.signal(getattr(signal, name), signal.SIG_IGN)

@@ -55,7 +55,7 @@ class Scores(Protocol):
         """The task's metrics, whatever else it gives, and ``images``, the number of distinct images scored.
 
         Raises:
-            RuntimeError: an image of the data set was left out or scored twice.
+            RuntimeError: an image of the data set was skipped or scored twice.
         """
 
 
@@ -201,7 +201,7 @@ def seed_generators(device: torch.device, seed: int) -> None:
 
 def restore(buffers: list[tuple[torch.Tensor, torch.Tensor]], norm: torch.Tensor) -> None:
     """Puts back (buffer, its content before the step) where the gradient's norm is not finite: BatchNorm's statistics
-    would else keep what the optimizer leaves out."""
+    would else keep what the optimizer skips."""
     finite = torch.isfinite(norm)
     for buffer, before in buffers:
         buffer.copy_(torch.where(finite, buffer, before))
@@ -232,7 +232,7 @@ def evaluate(
         The task's scores, and ``images``, the number of distinct images scored. None if it was stopped.
 
     Raises:
-        RuntimeError: an image of the data set was left out or scored twice.
+        RuntimeError: an image of the data set was skipped or scored twice.
     """
     model.eval()
     scores = task.begin(loader.dataset, device)

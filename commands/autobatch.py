@@ -29,7 +29,7 @@ def find(
 ) -> tuple[int, dict[int, int]]:
     """Groups (``--micro_batch``) at the base size, and forward passes (``--forward_batch``) at every size of the plan.
 
-    On CUDA every size is tried with a real forward and backward pass and an optimizer step; elsewhere it is reckoned
+    On CUDA every size is tried with a real forward and backward pass and an optimizer step; elsewhere it is computed
     from what a forward pass of two images keeps for its backward pass. All processes agree on what fits each of them.
 
     Args:

@@ -126,7 +126,7 @@ def find_images(where: str) -> list[str]:
                 else:
                     left_out[ending(name)] += 1
         if left_out:
-            print(f"no images, so left out: {listed(left_out)}", file=sys.stderr)
+            print(f"no images, so skipped: {listed(left_out)}", file=sys.stderr)
     else:
         found = [where] if os.path.exists(where) else [path for path in glob.glob(where) if not os.path.isdir(path)]
     if not found:

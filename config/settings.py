@@ -18,7 +18,7 @@ class RunConfig:
     output_dir: Free[str | None] = None
     """Folder for checkpoints, logs and the resolved configuration; required for training."""
     resume: Free[str | None] = None
-    """Checkpoint to go on from (or to evaluate); launched again, the same command goes on from what it has done."""
+    """Checkpoint to resume from (or to evaluate); launched again, the same command resumes from what it has done."""
     auto_resume: Free[bool] = True
     """Go on from the newest good checkpoint in --output_dir, if there is one."""
     rows: Free[list[str] | None] = None
@@ -49,7 +49,7 @@ class RunConfig:
     plan: Free[Literal["none", "table", "json", "picture"]] = "none"
     """Print what the run would do (picture: draw it, as plan.svg) and exit; no data needed if --num_images is given."""
     devices: Free[int | None] = None
-    """Number of devices that --plan reckons with; default: those of this launch."""
+    """Number of devices that --plan assumes; default: those of this launch."""
     doctor: Free[bool] = False
     """Measure loading, copying and the training step at every input size on this machine, say what holds the run back,
     and exit; a minute at most."""
@@ -60,7 +60,7 @@ class RunConfig:
     seed: Learned[int] = 0
     """Seed of initial weights, shuffling, augmentation, mixing and drop path."""
     deterministic: Free[bool] = False
-    """Bit-identical results on CUDA too, where a stopped run goes on exactly; slower there."""
+    """Bit-identical results on CUDA too, where a stopped run then resumes exactly; slower there."""
     log_interval: Free[float | str] = "50 steps"
     """Duration between progress lines (the loss is read from the device only then)."""
     eval_interval: Free[float | str] = "5%"
@@ -74,7 +74,7 @@ class RunConfig:
     on_nonfinite: Free[Literal["stop", "skip"]] = "stop"
     """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
     stop_after: Free[float | str | None] = None
-    """Duration after which the run saves and ends, though its plan goes on; without it the same command goes on."""
+    """Duration after which the run saves and ends before its plan does; without it the same command resumes."""
     timeout: Free[float] = 30.0
     """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
 
@@ -121,7 +121,7 @@ class DataConfig:
     """File of class names, one a line: only these are used. A second name after a tab is the label's."""
     max_bad: Free[float] = 0.001
     """Share of the images that may be unreadable, but at least 10 files (0: none). Training images are replaced and
-    named in bad_files.txt, validation images found and left out before the first step; beyond it the run stops."""
+    named in bad_files.txt, validation images found and skipped before the first step; beyond it the run stops."""
     num_images: Free[int | None] = None
     """Size of the training set, for plans without data (ImageNet-1K: 1281167)."""
     num_classes: Shape[int | None] = None
@@ -224,7 +224,7 @@ class OptimConfig:
     """optimization"""
 
     batch_size: Learned[int] = 4096
-    """Images per optimizer step, over all devices; what is learnt depends on it, so it is the recipe's."""
+    """Images per optimizer step, over all devices; the result depends on it, so it is the recipe's."""
     micro_batch: Learned[int | Literal["auto"] | None] = None
     """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
     Default: a device's whole share. auto: as many as fit."""

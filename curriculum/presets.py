@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Curriculum:
-    """What the network is shown as training goes on.
+    """What the network is shown as training proceeds.
 
     Attributes:
         name: what logs and plan.json call it.

@@ -45,7 +45,7 @@ class DetectionScorer:
         objects; ``per_class``: {class: {``box_AP``, ``mask_AP``}}; ``images``: how many were scored.
 
         Raises:
-            RuntimeError: an image of the data set was left out or scored twice.
+            RuntimeError: an image of the data set was skipped or scored twice.
         """
         check_each_once(self.seen, self.source.ids)
         results = [result for part in gather(self.results) for result in part]
@@ -87,7 +87,7 @@ class SegmentationScorer:
         {class: {``IoU``, ``Acc``}}, None for a class that neither occurs nor is predicted; ``images``.
 
         Raises:
-            RuntimeError: an image of the data set was left out or scored twice.
+            RuntimeError: an image of the data set was skipped or scored twice.
         """
         check_each_once(self.seen, [self.source.image_id(i) for i in range(len(self.source))])
         matrix = all_sum(self.matrix.clone()).cpu().double()

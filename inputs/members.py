@@ -38,7 +38,7 @@ class Member:
 
 @dataclass
 class Scan:
-    """The images of one archive in order, what was left out by kind, and the keys of .json side files."""
+    """The images of one archive in order, what was skipped by kind, and the keys of .json side files."""
 
     members: list[Member] = field(default_factory=list)
     left_out: Counter = field(default_factory=Counter)

@@ -119,7 +119,7 @@ class ParquetIndex:
         return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
 
     def contents(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of images by kind, and nothing that was left out: as `FolderIndex.contents`."""
+        """Number of images by kind, and nothing that was skipped: as `FolderIndex.contents`."""
         return {f"rows of {len(self.shards.names):,} Parquet files": len(self)}, {}
 
     def read(self, i: int) -> bytes:

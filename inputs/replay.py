@@ -22,7 +22,7 @@ class ReplayBuffer:
     of consecutive images (1/32 of a batch), this one single images; it takes one forward pass per optimizer step only.
 
     The ring belongs to one process and holds that process's images: results depend on the number of processes. It
-    starts anew with every stage of the plan. To go on from a checkpoint, `push` the fresh batches from step
+    starts anew with every stage of the plan. To resume from a checkpoint, `push` the fresh batches from step
     `refill_from` on, without training: what the ring then gives is bit-identical to not having stopped.
 
     Args:

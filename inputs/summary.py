@@ -1,4 +1,4 @@
-"""What was read, in one line: images by ending, what was left out and why, the classes' order, kinds of images."""
+"""What was read, in one line: images by ending, what was skipped and why, the classes' order, kinds of images."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ def describe(train: Source, val: Source, how: str) -> str:
                 seen.add(source.table)
                 lines.append(
                     f"{source.table}: {source.unused:,} rows without an image, {source.unlabelled:,} images below "
-                    f"{source.source.root} without a label (left out)"
+                    f"{source.source.root} without a label (skipped)"
                 )
         elif source.root not in seen:
             seen.add(source.root)

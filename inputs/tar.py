@@ -163,7 +163,7 @@ def _write_index(file: BinaryIO, source: Shards, expected: dict) -> None:
 
 
 class _Tally:
-    """Where the labels of all archives come from, which must be one place, and what was left out."""
+    """Where the labels of all archives come from, which must be one place, and what was skipped."""
 
     def __init__(self, root: str, expected: dict) -> None:
         self.root, self.expected, self.flat = root, expected, expected["label_key"] is None

@@ -88,7 +88,7 @@ class TensorFlowData:
         return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
 
     def contents(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of images by kind, and nothing that was left out: as `FolderIndex.contents`."""
+        """Number of images by kind, and nothing that was skipped: as `FolderIndex.contents`."""
         return {f"records of split {self._split}": len(self)}, {}
 
     def label(self, i: int) -> int:

@@ -71,7 +71,7 @@ class View:
     def name(self, i: int) -> str:
         return self.source.name(self._place(i))
 
-    dropped: Sequence[str] = ()  # messages on images that were left out because they cannot be used
+    dropped: Sequence[str] = ()  # messages on images that were skipped because they cannot be used
 
     @property
     def several(self) -> bool:
@@ -180,7 +180,7 @@ def map_classes(source: Source, path: str | Path) -> View:
 
     Each line has the name of a class of the data set and, after a tab, that of the label; without a tab the label has
     the class's name. Several classes may share a label. Labels are numbered by first appearance. Classes that are not
-    listed are left out; lines that are empty or start with # too.
+    listed are skipped; lines that are empty or start with # too.
 
     Raises:
         ValueError: the file cannot be read, lists no class or one twice, or one that the data set does not have.

@@ -36,7 +36,7 @@ def save(path: Path, payload: dict[str, Any]) -> None:
     """Writes ``payload`` so that ``path`` always holds a whole checkpoint: the old one or the new one.
 
     The file is a torch zip archive whose zip comment is the SHA-256 of all bytes before the comment's length, so the
-    checksum travels with the file and ``torch.load(weights_only=True)`` reads it as any other. It is reckoned from what
+    checksum travels with the file and ``torch.load(weights_only=True)`` reads it as any other. It is computed from what
     was meant to be written, and the file is read back before it takes the old one's place.
 
     Raises:

@@ -111,7 +111,7 @@ class Pyramid(nn.Module):
             norm: apply the final norm to the last stage's map.
             stop_early: do not run the stages after the last one asked for.
             output_fmt: only NCHW.
-            intermediates_only: leave out the first of the two results, the last map.
+            intermediates_only: skip the first of the two results, the last map.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt={output_fmt!r}: only NCHW")

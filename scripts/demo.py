@@ -1,7 +1,7 @@
 """The demo: trains the ordinary schedule and EfficientTrain++ side by side, prints a table and draws the picture.
 
 `bash scripts/demo.sh` sets up and calls it; `--seeds 3` repeats everything and gives mean and spread. A run that was
-interrupted goes on where it was, and one that is finished is not run again.
+interrupted resumes where it was, and one that is finished is not run again.
 """
 
 import argparse

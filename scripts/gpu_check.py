@@ -97,7 +97,7 @@ def main() -> int:
 
 
 def run(check: Callable[[Machine], Iterator[Row]], machine: Machine) -> Iterator[Row]:
-    """The check's rows; an error is a bar that is missed, and the next check goes on."""
+    """The check's rows; an error is a bar that is missed, and the next check follows."""
     try:
         yield from check(machine)
     except Exception as error:

@@ -13,7 +13,7 @@ fi
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 folder="${1:-$ROOT/wheels}"
 mkdir -p "$folder"
-# Down to the demo's section; what the machine has is left out, for other versions must not come along.
+# Down to the demo's section; what the machine has is skipped, for other versions must not come along.
 sed '/^# The demo/,$d; s/ *#.*//; /^$/d' "$ROOT/requirements.txt" |
     grep -vE '^(torch|torchvision|timm|numpy|huggingface_hub|safetensors|pyyaml)[>=<]' >"$folder/requirements.txt"
 "${PYTHON:-python3}" -m pip download --disable-pip-version-check --quiet --only-binary :all: --no-deps \

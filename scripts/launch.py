@@ -1,4 +1,4 @@
-"""torchrun, whose last line is ours: what went wrong, in one line, with main.py's exit code (scripts/train.sh).
+"""torchrun, whose last line is ours (scripts/train.sh, scripts/slurm.sh): what went wrong, with main.py's exit code.
 
 python scripts/launch.py [torchrun's options] main.py [main.py's flags]
 """

@@ -81,7 +81,7 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Run]:
-    """The finished runs in or under ``folders``; says on standard error which it left out.
+    """The finished runs in or under ``folders``; says on standard error which it skipped.
 
     Raises:
         ValueError: a folder that holds no run.
@@ -94,7 +94,7 @@ def find_runs(folders: Iterable[Path]) -> list[Run]:
         for config in configs:
             run = read_run(config.parent)
             if isinstance(run, str):
-                print(f"left out {config.parent}: {run}", file=sys.stderr)
+                print(f"skipped {config.parent}: {run}", file=sys.stderr)
             else:
                 runs.append(run)
     return runs

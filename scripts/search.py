@@ -3,12 +3,12 @@
   python scripts/search.py constrained --recipe RECIPE --output FOLDER [--data_path DATA, and any flag of main.py]
 
 greedy        ICCV Algorithm 1: stages from last to first, the smallest input size that keeps the accuracy
-constrained   EfficientTrain++: total compute is fixed, stages from first to last, each going on from the one before
+constrained   EfficientTrain++: total compute is fixed, stages from first to last, each continuing the one before
 magnitude     the RandAugment schedule that goes with a curriculum
 tune          learning rate and batch size, of the ordinary schedule and of the curriculum alike
 
 Says first what it may cost at most. Trials run side by side on the machine's devices, each on one. Stopped or killed,
-the same command goes on: FOLDER/ledger.jsonl holds the finished trials by all their settings, so that none is repeated,
+the same command resumes: FOLDER/ledger.jsonl holds the finished trials by all their settings, so that none is repeated,
 by another search in the same folder neither. What was found is written to FOLDER/*.yaml, recipes for main.py.
 """
 
@@ -204,7 +204,7 @@ def main(argv: list[str], launch=launch) -> int:
             study.laboratory = laboratory
             found = search.search()
     except SearchStopped:
-        print("stopped; the same command goes on from here", flush=True)
+        print("stopped; the same command resumes from here", flush=True)
         return STOPPED
     except (ValueError, OSError) as error:
         return die(error)

@@ -88,11 +88,11 @@ job() {
     head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
     port=$((20000 + SLURM_JOB_ID % 20000)) # of this job alone, also where nodes are shared
     torchrun=(
-        "$python" -m torch.distributed.run --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node $((gpus ? gpus : 1))
+        "$python" scripts/launch.py --nnodes "$SLURM_JOB_NUM_NODES" --nproc_per_node $((gpus ? gpus : 1))
         --rdzv_backend c10d --rdzv_endpoint "$head:$port" --rdzv_id "$SLURM_JOB_ID"
     )
     if torchrun_takes "$python" --signals_to_handle; then
-        torchrun+=(--signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
+        torchrun+=(--signals_to_handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGXCPU")
     fi
     # After passing the signal on, torchrun waits half a minute for the workers to save; newer ones can wait longer.
     if torchrun_takes "$python" --shutdown_timeout; then

@@ -109,7 +109,7 @@ def measure(
     first: nn.Module, second: nn.Module, batches: Iterable[torch.Tensor], pattern: str | None = None
 ) -> tuple[list[str], list[str], torch.Tensor]:
     """CKA of every layer of ``first`` with every layer of ``second`` on the same images; batches of fewer than 4 are
-    left out. Returns both models' layer names, in the order of their running, and the (layers, layers) matrix."""
+    skipped. Returns both models' layer names, in the order of their running, and the (layers, layers) matrix."""
     layers, cka, done = (Layers(first, pattern), Layers(second, pattern)), MinibatchCka(), 0
     names: tuple[list[str], list[str]] = ([], [])
     for images in batches:

@@ -68,7 +68,7 @@ def measure(
 def matched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Table 1: the low-pass and the high-pass filter whose accuracies at the end are closest, over training.
 
-    Pairs at whose end neither tells more than a quarter of what the network knows of whole images are left out.
+    Pairs at whose end neither tells more than a quarter of what the network knows of whole images are skipped.
     """
     last = max(row["step"] for row in rows)
     end = {(row["filter"], row["radius"]): row["accuracy"] for row in rows if row["step"] == last}

@@ -80,8 +80,8 @@ class Greedy:
 @dataclass(frozen=True)
 class Constrained:
     """EfficientTrain++'s computational-constrained sequential search: total compute is fixed, stages are solved first
-    to last. Each candidate B goes on from the checkpoint of the stages before, trains its stage as the whole run would,
-    is then tuned briefly at the base size, and the one that scores best there stays. Sizes only grow.
+    to last. Each candidate B continues from the checkpoint of the stages before, trains its stage as the whole run
+    would, is then tuned briefly at the base size, and the one that scores best there stays. Sizes only grow.
 
     The published description ends there; the rest are settings.
 
@@ -133,7 +133,7 @@ class Constrained:
         return plan.first_after(f"{100 * sum(self.shares[: len(sizes)])}%")
 
     def chain(self, sizes: Sequence[int], before: Trial | None, seed: int) -> list[Trial]:
-        """The last of these stages, going on from the trial of those before, and its tuning."""
+        """The last of these stages, continuing the trial of those before, and its tuning."""
         study, laboratory = self.study, self.study.laboratory
         config = replace(self.config(sizes), seed=seed, eval_interval="100%", keep_checkpoints=0)
         plan = study.plan(config)

@@ -188,7 +188,7 @@ class Laboratory:
         return self.entries[trial.key]["accuracy"]
 
     def done(self, trial: Trial) -> bool:
-        """Whether a trial need not be run: it is in the ledger, with its checkpoint if others go on from that."""
+        """Whether a trial need not be run: it is in the ledger, with its checkpoint if others continue from that."""
         return trial.key in self.entries and (trial.config.stop_after is None or Path(self.checkpoint(trial)).exists())
 
     def run(self, chains: Sequence[Sequence[Trial]]) -> None:
@@ -282,7 +282,7 @@ class Laboratory:
 
 
 def outcome(accuracy: float | None) -> str:
-    """41.25 -> 41.25 %; a trial that others go on from has none of its own."""
+    """41.25 -> 41.25 %; a trial that others continue from has none of its own."""
     return "done" if accuracy is None else f"{accuracy:.2f} %"
 
 

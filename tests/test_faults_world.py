@@ -483,12 +483,12 @@ def fail_in_loader(kind):
 
 def reset_in_main():
     """The end of a loader process as the main process meets it first."""
-    from multiprocessing import resource_sharer
+    from multiprocessing import connection  # where resource_sharer looks when a batch is fetched
 
     def client(*_arguments, **_more):
         raise ConnectionResetError(104, "Connection reset by peer")
 
-    resource_sharer.Client = client
+    connection.Client = client
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_a_damaged_line_costs_that_line_only(tmp_path, capsys, damage):
     assert steps(tmp_path) == [1, 3]
     assert "log.txt line 2 is damaged and passed over" in capsys.readouterr().err
     RunLog(tmp_path, 3, 0.03).close()
-    assert "has 1 damaged lines" in capsys.readouterr().out
+    assert "has 1 damaged line," in capsys.readouterr().out
     assert (tmp_path / "log.txt").read_bytes() == lines[0] + damage + b"\n" + lines[2]
     RunLog(tmp_path, 1, 0.01).close()
     assert steps(tmp_path) == [1] and damage in (tmp_path / "log.txt").read_bytes()

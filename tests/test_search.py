@@ -244,7 +244,7 @@ def test_interrupted_and_continued_no_trial_is_repeated(find, tmp_path, capsys):
     settings = {"input_size": 224, "epochs": 10}
     first = Play(paper_like, fail_after=3)
     assert find(*arguments, launch=first, **settings) == STOPPED
-    assert "the same command goes on" in capsys.readouterr().out
+    assert "the same command resumes" in capsys.readouterr().out
     assert find(*arguments, launch=whole, **settings) == 0
     assert [trial.label for trial in first.seen + whole.seen] == list(
         dict.fromkeys(trial.label for trial in first.seen + whole.seen)

@@ -129,7 +129,8 @@ def test_a_job_starts_torchrun_on_every_node_with_a_port_of_its_own(cluster):
     pairs = dict(pairwise(run))
     assert pairs["--nnodes"] == "2" and pairs["--nproc_per_node"] == "4" and pairs["--rdzv_backend"] == "c10d"
     assert pairs["--rdzv_endpoint"] == "127.0.0.1:24242" and pairs["--rdzv_id"] == "4242"
-    assert "SIGUSR1" in pairs["--signals_to_handle"].split(",") and pairs["--shutdown_timeout"] == "300"
+    assert {"SIGUSR1", "SIGXCPU"} <= set(pairs["--signals_to_handle"].split(","))
+    assert pairs["--shutdown_timeout"] == "300"
     assert pairs["--recipe"] == str(cluster.root / "recipes" / "demo.yaml")
     _, notes = cluster.job(command, SLURM_JOB_ID="4243")
     assert dict(pairwise(notes[1]))["--rdzv_endpoint"] == "127.0.0.1:24243"
@@ -233,4 +234,4 @@ def torchruns(session):
     """The process ids of the torchruns in a session."""
     listing = subprocess.run(["ps", "-s", str(session), "-o", "pid=,args="], capture_output=True, text=True).stdout
     lines = [line.split(None, 1) for line in listing.splitlines()]
-    return [int(pid) for pid, command in lines if "torch.distributed.run" in command and "srun" not in command]
+    return [int(pid) for pid, command in lines if "launch.py" in command and "srun" not in command]

@@ -202,7 +202,7 @@ def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
-    """fp16's; of constant scale 1 where it only serves to leave out steps that are not finite; else disabled."""
+    """fp16's; of constant scale 1 where it only serves to skip steps that are not finite; else disabled."""
     if config.amp != "fp16" and config.on_nonfinite == "skip":
         return torch.amp.GradScaler(device.type, init_scale=1.0)
     return torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")

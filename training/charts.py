@@ -34,9 +34,9 @@ def chart(
     """One SVG element, drawn on white.
 
     Args:
-        series: at least one with points; what is not finite is left out.
+        series: at least one with points; what is not finite is skipped.
         zero: whether the vertical axis starts at 0, as the horizontal one always does.
-        marks: places on the horizontal axis that get a dashed line; those beyond the data are left out.
+        marks: places on the horizontal axis that get a dashed line; those beyond the data are skipped.
         clip: whether a few values far above all others may lie above the axis; the title then says how many and how
             high (:func:`clipped_top`).
     """

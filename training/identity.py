@@ -110,7 +110,7 @@ def check_same_run(
         if any(difference.names[0] == "model" for difference in refused):
             ways.append("start another model from these weights with --finetune")
         else:
-            ways.append(f"go on regardless with --allow_change {','.join(names)}")
+            ways.append(f"resume regardless with --allow_change {','.join(names)}")
         listed = "; ".join(difference.text for difference in refused)
         raise ValueError(f"{where} is of another run: {listed}. {', '.join(ways[:-1]).capitalize()}, or {ways[-1]}")
     noted = _settings(saved["config"], config, *named(Config, "free"))

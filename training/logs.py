@@ -61,7 +61,10 @@ class RunLog:
             line for line, record in zip(lines, records) if record is None or record["progress"] <= logged + ROUNDING
         ]
         if damaged := sum(parse_record(line) is None for line in kept):
-            print(f"warning: {self.path} has {damaged} damaged lines; they are kept, and passed over", flush=True)
+            print(
+                f"warning: {self.path} has {damaged} damaged line{'s' * (damaged > 1)}, kept and passed over",
+                flush=True,
+            )
         kept += [line for line in unwritten.splitlines(keepends=True) if line not in kept]
         after = "".join(kept).encode("utf-8", "surrogateescape")
         if after != before or not self.path.exists():

@@ -37,10 +37,10 @@ class LossMeter:
 
     Args:
         device: where the losses are.
-        skips: whether steps with a non-finite gradient are left out by the optimizer: by fp16's scaler, as its normal
+        skips: whether the optimizer skips steps with a non-finite gradient: by fp16's scaler, as its normal
             work, or as ``--on_nonfinite skip`` asks. Otherwise the first one is an error.
         tolerates_loss: the same for a non-finite loss, as ``--on_nonfinite skip`` asks.
-        max_skipped: steps left out, in all, that become an error.
+        max_skipped: skipped steps, in all, that become an error.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ def snapshot(error: NonFinite, output: Path, sampler: CurriculumSampler, source:
     """Writes what is needed to see a bad step again, and returns the message about it, one line.
 
     ``nonfinite-<step>/`` in the output folder holds ``images.json``, the step's images (of all processes) with size,
-    magnitude and seeds, and ``checkpoint.pth``, the newest good checkpoint before it: a run that goes on from there
+    magnitude and seeds, and ``checkpoint.pth``, the newest good checkpoint before it: a run that resumes there
     meets the step again. With replay, only the freshly loaded images are listed.
     """
     step = error.step

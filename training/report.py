@@ -69,7 +69,7 @@ pre { background: #fff; border: 1px solid #ddd; padding: 12px; overflow-x: auto;
 """
 
 
-# ---- what is gathered while a run goes on ------------------------------------------------------------------------
+# ---- what is gathered during a run ------------------------------------------------------------------------
 def plan_picture(plan: Plan) -> str:
     """Input size, RandAugment magnitude and learning rate against compute (epochs at the base size), as one SVG."""
     size, magnitude = [], []

@@ -212,7 +212,7 @@ def size_of_weights(plan: Plan, state: dict[str, Any] | None) -> int:
 def checkpoint_to_resume(config: Config, topology: Topology) -> tuple[Path, dict[str, Any]] | None:
     """The newest good checkpoint in --output_dir that this very command wrote, else --resume's, else None.
 
-    So the same command launched again goes on from what it has done, also when it started from ``--resume``. Without
+    So the same command launched again resumes from what it has done, also when it started from ``--resume``. Without
     ``--resume`` every checkpoint there counts; ``--auto_resume false`` counts none.
 
     Raises:
@@ -322,7 +322,7 @@ class Saver:
         elif self.topology.is_main:
             print(
                 f"warning: the checkpoint of step {place[0]} could not be written to {self.output}: {reason}; "
-                f"{self._left()}. Training goes on; failure {self.failures} of {MAX_FAILURES} in a row",
+                f"{self._left()}. Training continues; failure {self.failures} of {MAX_FAILURES} in a row",
                 flush=True,
             )
 
@@ -330,7 +330,7 @@ class Saver:
         return f"the newest good one is of step {self.newest[0]}" if self.newest else "this run has written none yet"
 
     def _write(self, payload: dict[str, Any], step: int, best: bool) -> None:
-        # The best one first: a kill between the two leaves it as the newest, to go on from.
+        # The best one first: a kill between the two leaves it as the newest, to resume from.
         written = self.output / (checkpoints.BEST if best else checkpoints.LAST)
         checkpoints.save(written, payload)
         if best:

@@ -111,14 +111,14 @@ def leave_stop_note(output: Path, step: int) -> None:
 def stays_stopped(output: Path, topology: Topology) -> bool:
     """Whether this worker was started again by torchrun after a stop, and so has to exit at once.
 
-    A new launch goes on instead: it removes the note.
+    A new launch resumes instead: it removes the note.
     """
     note = output / STOP_NOTE
     if not note.exists():
         return False
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
         if topology.is_main:
-            print(f"stopped: {note} says so; launch the command again to go on", flush=True)
+            print(f"stopped: {note} says so; launch the command again to resume", flush=True)
         return True
     if topology.is_main:
         note.unlink(missing_ok=True)
