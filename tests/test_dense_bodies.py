@@ -104,7 +104,7 @@ def test_swin_is_the_one_of_the_detection_papers_and_timms_is_not(swin, size):
         others = timms.forward_intermediates(image, body.indices, intermediates_only=True)
     wrong = [relative(map_[0], right) for map_, right in zip(others, expected)]
     # At 224 the last stage alone differs, which timm never shifts; elsewhere it rolls before it pads, in every stage.
-    assert wrong[-1] > 0.05
+    assert wrong[-1] > (0.05 if min(size) > 8 else 0.02)
     assert max(wrong[:3]) < 1e-5 if size == (224, 224) else min(wrong[:3]) > 1e-3
 
 
