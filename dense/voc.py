@@ -102,7 +102,7 @@ def _list(root: Path, split: str) -> list[tuple[Path, Path]]:
     base, name = (root / split).parent, Path(split).name
     listed = base / "ImageSets" / "Main" / f"{name}.txt"
     if listed.is_file():
-        names = [line.split()[0] for line in listed.read_text().splitlines() if line.strip()]
+        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [(base / "Annotations" / f"{stem}.xml", base / "JPEGImages" / f"{stem}.jpg") for stem in names]
     folder = root / split
     if not folder.is_dir():

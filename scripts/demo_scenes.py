@@ -54,7 +54,7 @@ def build(out: Path, seed: int, train: int, val: int) -> dict[str, int]:
     """
     settings = {"seed": seed, "train": train, "val": val, "version": 1}
     about = out / "about.json"
-    if about.is_file() and (known := json.loads(about.read_text()))["settings"] == settings:
+    if about.is_file() and (known := json.loads(about.read_text(encoding="utf-8")))["settings"] == settings:
         return known["objects"]
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} already holds something else: name another folder, or remove this one")
@@ -62,8 +62,12 @@ def build(out: Path, seed: int, train: int, val: int) -> dict[str, int]:
     try:
         counts = {split: write(partial, split, seed, n) for split, n in (("training", train), ("validation", val))}
         rows = [f"{number}\t0\t0\t0\t{name}" for number, name in enumerate(("background", *CLASSES), 1)]
-        (partial / "objectInfo150.txt").write_text("\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n")
-        (partial / about.name).write_text(json.dumps({"settings": settings, "objects": counts}) + "\n")
+        (partial / "objectInfo150.txt").write_text(
+            "\n".join(["Idx\tRatio\tTrain\tVal\tName", *rows]) + "\n", encoding="utf-8"
+        )
+        (partial / about.name).write_text(
+            json.dumps({"settings": settings, "objects": counts}) + "\n", encoding="utf-8"
+        )
         if out.exists():
             out.rmdir()
         partial.rename(out)
@@ -92,7 +96,7 @@ def write(root: Path, split: str, seed: int, count: int) -> int:
             number_of = len(content["annotations"]) + 1
             content["annotations"].append(annotation(number_of, number, label, polygon, mask, covered))
         Image.fromarray(classes).save(labels / f"{name}.png")
-    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+    (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content), encoding="utf-8")
     return len(content["annotations"])
 
 

@@ -229,7 +229,7 @@ def test_images_augmented_on_the_device_are_shown_too(runs, tmp_path, operator):
         settings.update(augment_on=place, operator=operator, magnitude="constant")
         (tmp_path / place).mkdir()
         (tmp_path / place / "config.yaml").write_text(yaml.safe_dump(settings))
-        run = RunFolder(tmp_path / place)
+        run = RunFolder(tmp_path / place, model=settings["model"])
         epoch = next(epoch for epoch in run.plan if epoch.stage == 1)
         shown[place] = spectra.shown(run, epoch, 8)
         assert shown[place].shape == (8, 3, 48, 48)

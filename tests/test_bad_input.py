@@ -8,11 +8,12 @@ import torch
 from conftest import flags, write_images
 
 from models import checkpoints
+from training.one_writer import LOCK
 
 
 def content(folder):
-    """Every file below a folder with its bytes, but for the index of an image folder."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    """Every file below a folder with its bytes, but for the lock of a run."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != LOCK)
     return {path: path.read_bytes() for path in files}
 
 

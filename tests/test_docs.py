@@ -188,6 +188,7 @@ def launched(base, words):
         start = command.index("job") + 6  # after root, interpreter, devices, seconds, output folder
         return [*command[start:], "--output_dir", command[start - 1]]
     environment = {"PATH": str(cluster.tools), "VIRTUAL_ENV": str(cluster.active), "CALLS": str(cluster.calls_file)}
+    environment["TORCHRUN"] = str(cluster.active / "bin" / "torchrun")
     result = subprocess.run(
         ["bash", str(cluster.root / "scripts/train.sh"), *words[1:]], env=environment, capture_output=True, text=True
     )
