@@ -90,6 +90,7 @@ def carry_out(session: Session) -> int:
         for record in plan.records[session.first :]:
             session.enter(record)
             stopped = session.stops() or train_epoch(training, record, session.batches, session.after_step)
+            line = {} if stopped else session.record(record)  # before the evaluation, whose time is not training's
             result: dict[str, Any] | None = {}
             if not stopped and record.index in session.evaluated:
                 result = validate(session, record)
@@ -97,7 +98,7 @@ def carry_out(session: Session) -> int:
                 session.save(record.index, required=True)
                 break
             better = is_better(session, record, result)
-            session.finish({**session.record(record), **result})
+            session.finish({**line, **result})
             done = record.index == len(plan) - 1
             if done or better or session.save_is_due(training.step):
                 session.save(record.index + 1, better, required=done)

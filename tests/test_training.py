@@ -476,3 +476,21 @@ def test_a_run_that_is_done_stays_done(train, capsys):
     log = (train().output / "log.txt").read_text()
     assert same(first, train().result()) and log.count("\n") == len(first["log"])
     assert "done" in capsys.readouterr().out
+
+
+def test_the_time_of_a_pass_is_that_of_its_training(train, monkeypatch):
+    """Taken before the evaluation starts: an hour that passes in it is not the pass's."""
+    import main
+
+    clock, hour = [0.0], 3600.0
+    original = main.validate
+
+    def validate(session, record):
+        clock[0] += hour
+        return original(session, record)
+
+    real = session_module.time.perf_counter
+    monkeypatch.setattr(main, "validate", validate)
+    monkeypatch.setattr(session_module.time, "perf_counter", lambda: real() + clock[0])
+    records = train(epochs=1).log()
+    assert clock[0] >= hour and all(record["seconds"] < hour for record in records)
