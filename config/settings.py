@@ -232,7 +232,8 @@ class OptimConfig:
     """Most images of one forward pass, by input size; default: as many groups as cost what one costs at the base size.
     --micro_batch auto finds them and notes them in config.yaml."""
     opt: Stateful[str] = "adamw"
-    """Optimizer, by timm's names: adamw, lamb, sgd, ..."""
+    """Optimizer, by timm's names: adamw, lamb, sgd, ...; muon: for matrices, AdamW for stem, head, embeddings and
+    vectors (training/muon.py)."""
     lr: Learned[float] = 4e-3
     """Peak learning rate, for --batch_size as it stands (no hidden scaling)."""
     min_lr: Learned[float] = 1e-6
@@ -249,8 +250,8 @@ class OptimConfig:
     """Optimizer's epsilon; default: the optimizer's own."""
     opt_betas: Stateful[tuple[float, float] | None] = None
     """Adam's or LAMB's betas; default: (0.9, 0.999)."""
-    momentum: Stateful[float] = 0.9
-    """SGD's momentum."""
+    momentum: Stateful[float | None] = None
+    """SGD's or Muon's momentum; default: 0.9, Muon's 0.95."""
     layer_decay: Stateful[float] = 1.0
     """Learning rate factor per layer, counted from the head (fine-tuning); 1 is off."""
     clip_grad: Learned[float | None] = None

@@ -10,10 +10,14 @@ from timm.models import group_parameters
 from timm.models.convnext import ConvNeXt
 from timm.models.metaformer import MetaFormer
 from timm.optim import auto_group_layers
-from torch import nn
+from torch import Tensor, nn
+
+from .heads import classifier_names
 
 
-def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+def param_groups(
+    model: nn.Module, weight_decay: float, layer_decay: float = 1.0, matrices: bool = False
+) -> list[dict[str, Any]]:
     """Sort the trainable parameters into optimizer groups.
 
     No weight decay: vectors and scalars (norms, biases, layer scale) and what `model.no_weight_decay()` names (class
@@ -24,9 +28,11 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
         model: without wrappers, so that its names are its own.
         weight_decay: of the other parameters.
         layer_decay: in (0, 1]; 1 is off.
+        matrices: keep apart what maps features to features (`is_matrix`), for Muon.
 
     Returns:
-        Groups with `params`, `weight_decay` and `lr_scale`, in the order of their first parameter.
+        Groups with `params`, `weight_decay`, `lr_scale` and, if asked for, `matrix`, in the order of their first
+        parameter.
 
     Raises:
         ValueError: `layer_decay` out of range, or the model does not say which layer a parameter belongs to.
@@ -36,15 +42,25 @@ def param_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0
     ids = layer_ids(model) if layer_decay < 1.0 else {}
     last = max(ids.values(), default=0)  # not their count: the smaller CSWin and ConvNeXt leave gaps below the head
     exempt = list(model.no_weight_decay()) if hasattr(model, "no_weight_decay") else []
-    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    heads = classifier_names(model) if matrices else []
+    groups: dict[tuple[int, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         layer = ids.get(name, last)
         decays = parameter.ndim > 1 and not name.endswith(".bias") and not any(fnmatch(name, p) for p in exempt)
         empty = {"params": [], "weight_decay": weight_decay * decays, "lr_scale": layer_decay ** (last - layer)}
-        groups.setdefault((layer, decays), empty)["params"].append(parameter)
+        matrix = matrices and decays and is_matrix(parameter) and name.rpartition(".")[0] not in heads
+        if matrices:
+            empty["matrix"] = matrix
+        groups.setdefault((layer, decays, matrix), empty)["params"].append(parameter)
     return list(groups.values())
+
+
+def is_matrix(parameter: Tensor) -> bool:
+    """Whether a weight maps features to features: neither the stem, which sees the image's three channels, nor a
+    depthwise convolution, an embedding or a vector."""
+    return parameter.ndim in (2, 4) and min(parameter.shape[:2]) > 3
 
 
 def layer_ids(model: nn.Module) -> dict[str, int]:

@@ -31,6 +31,7 @@ from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity
 from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
+from training.muon import Muon
 from training.numerics import NEVER, LossMeter, max_skipped
 from training.scenes import base_size, has_masks, head_of, make_scene_transform, open_dense, test_sides
 from training.tasks import Classification, MultiLabel, Reconstruction
@@ -217,11 +218,16 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         options["betas"] = config.opt_betas
     if config.opt in ("adamw", "adam", "sgd"):
         options["fused"] = True
+    muon = config.opt == "muon"
+    if config.momentum is not None:
+        options["momentum"] = config.momentum
     with as_usage():
-        groups = param_groups(model, config.weight_decay, config.layer_decay)
+        groups = param_groups(model, config.weight_decay, config.layer_decay, matrices=muon)
     try:
+        if muon:
+            return Muon(groups, config.lr, config.weight_decay, **options)
         return create_optimizer_v2(
-            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum, **options
+            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise UsageError(f"--opt {config.opt}: {error}") from None

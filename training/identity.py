@@ -39,6 +39,9 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
     )
     # Of a classifier nothing more, so that checkpoints from before there were other tasks are still known.
     task = {key: getattr(config, key) for key in OF_TASK.get(config.task, ())}
+    optimizer = {key: getattr(config, key) for key in OPTIMIZER}
+    if config.momentum is None:  # in numbers, as earlier checkpoints have it
+        optimizer["momentum"] = 0.95 if config.opt == "muon" else 0.9
     return {
         "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
         "data": _data(sources[0]),
@@ -46,7 +49,7 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
         "curriculum": plain(curriculum),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "optimizer": plain({key: getattr(config, key) for key in OPTIMIZER}),
+        "optimizer": plain(optimizer),
     }
 
 
