@@ -226,9 +226,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     try:
         if muon:
             return Muon(groups, config.lr, config.weight_decay, **options)
-        return create_optimizer_v2(
-            groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options
-        )
+        return create_optimizer_v2(groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
     except (ValueError, TypeError, AssertionError) as error:
         raise UsageError(f"--opt {config.opt}: {error}") from None
 

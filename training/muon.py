@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (K. Jordan, 2024) for the groups with ``matrix: True``, AdamW for the others.
 
     A matrix's step has the root mean square of AdamW's (0.2 sqrt(max(M, N)), arXiv:2502.16982), so that a learning rate
-    means about the same to both; convolutions are matrices of (out, in x height x width). 
+    means about the same to both; convolutions are matrices of (out, in x height x width).
 
     Args:
         params: groups; ``lr_scale`` and the like are left to the caller.
