@@ -26,7 +26,10 @@ _RANGES = {
         "input_size eval_size crop test_side max_side batch_size num_images devices val_per_class top_k",
     ),
     "from 1 to 1,048,576": (lambda x: 1 <= x <= 1 << 20, "num_classes"),  # a file's; each has a name in memory
-    "above 0": (lambda x: x > 0, "baseline_epochs lr clip_grad opt_eps timeout replay_memory cache_size"),
+    "above 0": (
+        lambda x: x > 0,
+        "baseline_epochs lr fallback_lr_scale clip_grad opt_eps timeout replay_memory cache_size",
+    ),
     "from 0 to 1": (
         lambda x: 0 <= x <= 1,
         "crop_prob mixup_prob mixup_switch_prob smoothing reprob hflip color_jitter max_bad threshold",
@@ -46,6 +49,10 @@ def check_ranges(config: Config) -> None:
                 raise UsageError(f"--{name} is {value}; it must be {expected}")
     if not isinstance(config.epochs, str) and not config.epochs > 0:
         raise UsageError(f"--epochs is {config.epochs}; it must be above 0")
+    if config.fallback_lr_scale != 1 and config.opt != "muon":
+        raise UsageError(
+            f"--fallback_lr_scale {config.fallback_lr_scale:g} is for --opt muon, not for {config.opt}: set it to 1"
+        )
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:
         raise UsageError(f"--crop_scale is {list(config.crop_scale)}; it needs 0 < smallest <= largest <= 1")

@@ -29,7 +29,8 @@ BUILD = """
 curriculum epochs warmup_epochs magnitude max_magnitude operator early_large_batch lr_rule batch_size lr min_lr
 weight_decay weight_decay_end replay input_size seed micro_batch forward_batch model model_args num_classes drop_path
 task mae_target mask_ratio decoder model_ema model_ema_decay channels_last opt opt_eps opt_betas momentum layer_decay
-clip_grad amp on_nonfinite crop_scale crop_ratio train_interpolation hflip color_jitter pipeline max_bad smoothing
+fallback_lr_scale clip_grad amp on_nonfinite crop_scale crop_ratio train_interpolation hflip color_jitter pipeline
+max_bad smoothing
 reprob mixup cutmix mixup_prob mixup_switch_prob augment_on num_workers replay_memory mean std
 crop_pct schedule lr_steps head_args
 """

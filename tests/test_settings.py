@@ -258,6 +258,14 @@ wired("opt", "sgd", lambda p: type(p.training.optimizer).__name__, "SGD")
 wired("opt_eps", 1e-3, lambda p: p.group["eps"])
 wired("opt_betas", (0.8, 0.9), lambda p: p.group["betas"])
 wired("momentum", 0.5, lambda p: p.group["momentum"], opt="sgd")
+wired(
+    "fallback_lr_scale",
+    0.25,
+    lambda p: {group["matrix"]: group["lr_scale"] for group in p.training.optimizer.param_groups},
+    {True: 1.0, False: 0.25},
+    opt="muon",
+    **VIT,
+)
 wired("layer_decay", 0.5, lambda p: p.training.optimizer.param_groups[0]["lr_scale"] < 1, True, **VIT)
 wired("clip_grad", 0.5, lambda p: p.training.clip_grad)
 wired("amp", "bf16", lambda p: p.forward()[0], torch.bfloat16)

@@ -225,6 +225,8 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         groups = param_groups(model, config.weight_decay, config.layer_decay, matrices=muon)
     try:
         if muon:
+            for group in groups:
+                group["lr_scale"] *= 1.0 if group["matrix"] else config.fallback_lr_scale
             return Muon(groups, config.lr, config.weight_decay, **options)
         return create_optimizer_v2(groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
     except (ValueError, TypeError, AssertionError) as error:
