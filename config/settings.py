@@ -199,7 +199,7 @@ class CurriculumConfig:
 
     curriculum: Planned[str | dict[str, Any]] = "efficienttrain++"
     """none, efficienttrain, efficienttrain-linear, efficienttrain++, efficienttrain++-convnext, efficienttrain++-deit,
-    efficienttrain++-experimental, dense-experimental, progressive, a YAML file, or a mapping of the same form
+    efficienttrain++-fast, dense-experimental, progressive, a YAML file, or a mapping of the same form
     (docs/method.md)."""
     epochs: Planned[float | str] = 200
     """Budget: passes over the data, or full-size passes' worth of compute under efficienttrain++; or "160000 steps"."""

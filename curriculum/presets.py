@@ -155,9 +155,10 @@ _FIXED = {
     "efficienttrain++": _plus("efficienttrain++", (0.2, 96), (0.6, 160), (1.0, 224)),
     "efficienttrain++-convnext": _plus("efficienttrain++-convnext", (0.6, 160), (1.0, 224)),
     "efficienttrain++-deit": _plus("efficienttrain++-deit", (0.2, 96), (0.6, 160), (0.8, 192), (1.0, 224)),
-    # Experimental, of no paper: a short, smaller first stage. Its evidence is in docs/method.md, at base size 64.
-    "efficienttrain++-experimental": Curriculum(
-        "efficienttrain++-experimental", "compute", ((0.1, 24), (0.4, 32), (0.7, 48), (1.0, 64)), base_size=64
+    # Of no paper: half the size or less for longer, then the full size at once. Its evidence is in docs/frontier.md, at
+    # base size 64.
+    "efficienttrain++-fast": Curriculum(
+        "efficienttrain++-fast", "compute", ((0.2, 24), (0.6, 32), (1.0, 64)), base_size=64
     ),
 }
 _COMPUTED = {

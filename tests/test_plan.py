@@ -211,9 +211,9 @@ SIZES = [
     ("efficienttrain++", 32, 16, [16, 32]),
     ("efficienttrain++", 16, 16, [16]),
     ("efficienttrain++", 250, 16, [112, 176, 250]),  # 107.1 -> 112, 178.6 -> 176; the base is as asked
-    ("efficienttrain++-experimental", 64, 8, [24, 32, 48, 64]),
-    ("efficienttrain++-experimental", 224, 16, [80, 112, 176, 224]),  # 84, 112, 168
-    ("efficienttrain++-experimental", 224, 32, [96, 128, 160, 224]),
+    ("efficienttrain++-fast", 64, 8, [24, 32, 64]),
+    ("efficienttrain++-fast", 224, 16, [80, 112, 224]),  # 84
+    ("efficienttrain++-fast", 224, 32, [96, 128, 224]),  # 112 = 3.5 x 32: halves up
     ("efficienttrain++-deit", 224, 16, [96, 160, 192, 224]),
     ("efficienttrain++-deit", 384, 16, [160, 272, 336, 384]),  # 164.6, 274.3, 329.1 (20.57 of 16)
     ("efficienttrain++-convnext", 224, 16, [160, 224]),
