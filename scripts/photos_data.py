@@ -32,7 +32,7 @@ friends_by_Aitzol greentock_by life_by_Aitzol picosdeeuropa seeding_by sunset_by
 nature/Blinds nature/Dune nature/Garden nature/GreenMeadow nature/LadyBird nature/RainDrops nature/Storm nature/TwoWings
 nature/YellowFlower Autumn/ BytheWater/ ColdRipple/ ColorfulCups/ DarkestHour/ EveningGlow/ FallenLeaf/ Grey/ Kite/
 OneStandsOut/ Path/ summer_1am/ licorice-l Infinite-Sea wood-l
-""".split()
+"""
 SHORT_SIDE = 1024  # of a photograph
 LONG_SIDE = 1638  # at most; the middle is kept
 GRID = 4  # cells a side
@@ -70,7 +70,7 @@ def photographs(work: Path) -> dict[str, Image.Image]:
         and "screenshot" not in str(path)
     )
     found = {}
-    for number, part in enumerate(PHOTOS):
+    for number, part in enumerate(PHOTOS.split()):
         matching = [file for file in files if part in file]
         if not matching:
             raise FileNotFoundError(f"no file with {part} in its path below {work}: the packages are other versions")
