@@ -27,11 +27,11 @@ PACKAGES = (
 )
 # Parts of the paths of what is a photograph and not flat.
 PHOTOS = """
-Bridge_by_Sander Dragonfly_by_Bolly Picture_0B_by Picture_1A_by Wine_by_Jakkub aitzgorri_by analogpattern_by free_by_Peter
-friends_by_Aitzol greentock_by life_by_Aitzol picosdeeuropa seeding_by sunset_by Kleiber_by Elephants_3840 nature/Aqua
-nature/Blinds nature/Dune nature/Garden nature/GreenMeadow nature/LadyBird nature/RainDrops nature/Storm nature/TwoWings
-nature/YellowFlower Autumn/ BytheWater/ ColdRipple/ ColorfulCups/ DarkestHour/ EveningGlow/ FallenLeaf/ Grey/ Kite/
-OneStandsOut/ Path/ summer_1am/ licorice-l Infinite-Sea wood-l
+Bridge_by_Sander Dragonfly_by_Bolly Picture_0B_by Picture_1A_by Wine_by_Jakkub aitzgorri_by analogpattern_by
+free_by_Peter friends_by_Aitzol greentock_by life_by_Aitzol picosdeeuropa seeding_by sunset_by Kleiber_by
+Elephants_3840 nature/Aqua nature/Blinds nature/Dune nature/Garden nature/GreenMeadow nature/LadyBird nature/RainDrops
+nature/Storm nature/TwoWings nature/YellowFlower Autumn/ BytheWater/ ColdRipple/ ColorfulCups/ DarkestHour/
+EveningGlow/ FallenLeaf/ Grey/ Kite/ OneStandsOut/ Path/ summer_1am/ licorice-l Infinite-Sea wood-l
 """
 SHORT_SIDE = 1024  # of a photograph
 LONG_SIDE = 1638  # at most; the middle is kept
