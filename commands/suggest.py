@@ -292,6 +292,10 @@ def _text(config: Config, seen: Seen, rows: list[Row], minutes: float) -> str:
             "So few images do better from pre-trained weights: --finetune hf_hub:timm/NAME (of this model), a tenth of "
             "the learning rate and of the epochs."
         )
+    facts.append(
+        "To try for less: extends: [this recipe, recipes/_fast.yaml] with a third of the epochs. It changes the "
+        "optimizer, its learning rate and the curriculum (docs/frontier.md; measured on small models and data only)."
+    )
     lines = [f"# {line}" for fact in facts for line in textwrap.wrap(fact, 116)]
     for key, value in (("data_set", config.data_set), ("data_path", config.data_path)):
         lines += [] if value is None else [_setting(key, value)]

@@ -26,9 +26,11 @@ from models.flops import count_flops
 ROOT = Path(__file__).parents[1] / "recipes"
 PAPERS = json.loads((ROOT / "papers.json").read_text())
 PAPERS = {row: want for row, want in PAPERS.items() if "head" not in want}  # COCO and ADE20K: test_dense_recipes.py
-RECIPES = sorted(
+FOUND = sorted(
     str(path.relative_to(ROOT)) for path in ROOT.glob("*/*.yaml") if path.name[0] != "_" and path.parent.name != "dense"
 )
+FAST = [name for name in FOUND if "_fast" in name]  # of no table
+RECIPES = [name for name in FOUND if name not in FAST]
 
 
 def variants(name: str) -> dict[str, list[str]]:
@@ -134,6 +136,14 @@ def test_settings_and_stages_of_the_runs_that_a_head_describes(name, row):
     check_settings_and_stages(config)
     if row in resolve(name).rows:
         assert plan_of(config).stages == plan_of(resolve(name)).stages
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_fast_recipes_cost_a_fifth_and_claim_nothing(name):
+    config, plan = resolve(name), plan_of(resolve(name))
+    assert plan.equivalent_epochs(plan.total_steps) == pytest.approx(300 / 5, rel=1e-3)
+    assert config.opt == "muon" and not config.rows and "# Expect: not measured" in (ROOT / name).read_text()
+    assert [stage.input_size for stage in plan.stages] == ([96, 128, 224] if "swin" in name else [80, 112, 224])
 
 
 def check_settings_and_stages(config: Config) -> None:
