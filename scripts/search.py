@@ -1,6 +1,7 @@
 """Finds a curriculum, or its settings, for your own data and model. Every trial is a run of main.py.
 
   python scripts/search.py constrained --recipe RECIPE --output FOLDER [--data_path DATA, and any flag of main.py]
+  python scripts/search.py parity --recipe A.yaml --against B.yaml --budgets 1.5,2,3,4,6 --output FOLDER [...]
 
 greedy        ICCV Algorithm 1: stages from last to first, the smallest input size that keeps the accuracy
 constrained   EfficientTrain++: total compute is fixed, stages from first to last, each continuing the one before
@@ -21,6 +22,7 @@ import math
 import os
 import shlex
 import sys
+import textwrap
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +37,7 @@ sys.path.insert(0, str(ROOT))
 from config import Config, load_curriculum, plain  # noqa: E402
 from config.checks import check_settings  # noqa: E402
 from config.command_line import flags_of, parse_config, usage_error  # noqa: E402
-from studies.parity import Parity  # noqa: E402
+from studies.parity import RULE, Parity  # noqa: E402
 from studies.parity_report import ParityReport, arm_names  # noqa: E402
 from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
 from studies.study import Study  # noqa: E402
@@ -132,15 +134,26 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(argv)
 
 
+PARITY = """\
+How much less compute and training time A takes than B for the same accuracy, on your data.
+
+  python scripts/search.py parity --recipe A.yaml --against B.yaml --budgets 1.5,2,3,4,6 \\
+      --lrs 5e-4,1e-3,2e-3,4e-3,8e-3 --batches 32,64 --seeds 3 --output FOLDER --data_path DATA
+
+B may be two lines: "extends: A.yaml" and "curriculum: none". FOLDER/parity.md has the answer, parity.png the curves,
+parity.csv every trial. More budgets, seeds or values can be added later; trials that are known are not repeated.
+"""
+
+
 def _add_parity(commands: argparse._SubParsersAction, every: argparse.ArgumentParser) -> None:
     parity = commands.add_parser(
         "parity",
         parents=[every],
         allow_abbrev=False,
         help="what a recipe saves",
-        description="How much less compute and training time --recipe takes than --against for the same accuracy: all "
-        "are trained at the same budgets, tuned on the same grid by the same rule, with several seeds. Look into "
-        "parity.md of --output first.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""{PARITY}
+{textwrap.fill(RULE, 100)}""",
         epilog="All other flags of main.py may follow, and hold for every recipe: --data_path DATA ...",
     )
     parity.add_argument("--recipe", required=True, metavar="A.yaml", help="the recipe that is to save something")
@@ -148,14 +161,25 @@ def _add_parity(commands: argparse._SubParsersAction, every: argparse.ArgumentPa
         "--against", required=True, action="append", metavar="B.yaml", help="what it is compared with; may be repeated"
     )
     parity.add_argument(
-        "--budgets", type=_numbers, required=True, help="full-size epochs of compute, e.g. 1.2,1.7,2.4,3.5,6"
+        "--budgets",
+        type=_numbers,
+        required=True,
+        metavar="X,X,...",
+        help="full-size epochs of compute, e.g. 1.2,1.7,2.4,3.5,6",
     )
     parity.add_argument(
-        "--lrs", type=_numbers, help="learning rates (default: from half the recipes' lowest to twice their highest)"
+        "--lrs",
+        type=_numbers,
+        metavar="X,X,...",
+        help="learning rates (default: from half the recipes' lowest to twice their highest)",
     )
-    parity.add_argument("--batches", type=_integers, help="batch sizes (default: the recipes')")
-    parity.add_argument("--seeds", type=int, default=3, help="of every result, after the two that tune (default: 3)")
-    parity.add_argument("--at", type=float, help="budget of B whose accuracy is to be reached (default: its largest)")
+    parity.add_argument("--batches", type=_integers, metavar="N,N,...", help="batch sizes (default: the recipes')")
+    parity.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of every result, after the two that tune (default: 3)"
+    )
+    parity.add_argument(
+        "--at", type=float, metavar="X", help="budget of B whose accuracy is to be reached (default: its largest)"
+    )
 
 
 def _numbers(text: str) -> list[float]:

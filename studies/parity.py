@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from statistics import mean
 from typing import NamedTuple
 
 from commands.plan import make_summary
-from config import as_usage
+from config import Config, as_usage
+from curriculum import Plan
 from studies.study import Study, tuned
 from studies.trials import Trial
 from training.build import make_sampler
@@ -116,31 +117,32 @@ class Parity:
                     f"images, e.g. by a flag --{setting}"
                 )
         self.grid = [Place(lr, batch) for batch, lr in product(self.batches, self.lrs)]
-        self.costs = {
-            (arm, budget, batch): cost
-            for arm, budget in product(self.arms, self.budgets)
-            for batch, cost in self._costs(arm, budget)
-        }
+        self.costs: dict[tuple[str, float, int], Cost] = {}
+        for arm, study in self.arms.items():
+            flops: list[float] = []  # of an image's forward pass, by stage
+            for budget, batch in product(self.budgets, self.batches):
+                config, plan = self._planned(arm, budget, batch)
+                flops = flops or [stage["flops"] for stage in make_summary(config, plan, study.classes, None)["stages"]]
+                work = sum(stage.steps * stage.batch_size * one for stage, one in zip(plan.stages, flops))
+                epochs = plan.equivalent_epochs(plan.total_steps)
+                self.costs[arm, budget, batch] = Cost(config.epochs, epochs, TRAINING * work)
 
-    def _costs(self, arm: str, budget: float) -> Iterator[tuple[int, Cost]]:
+    def _planned(self, arm: str, budget: float, batch: int) -> tuple[Config, Plan]:
+        """A run of the budget. Raises ValueError if it cannot be planned."""
         study = self.arms[arm]
-        flops: list[float] = []
-        for batch in self.batches:
-            try:
-                config = replace(tuned(study.config, self.lrs[-1], batch), epochs=budget)
+        try:
+            config = replace(tuned(study.config, self.lrs[-1], batch), epochs=budget)
+            plan = study.plan(config)
+            if plan.curriculum.clock == "epochs":  # whose small sizes cost less than they count
+                share = sum((one.stop - one.start) * (one.input_size / plan.base_size) ** 2 for one in plan.stages)
+                config = replace(config, epochs=budget / share)
                 plan = study.plan(config)
-                if plan.curriculum.clock == "epochs":  # whose epochs cost less than full-size ones
-                    setting = budget * budget / plan.equivalent_epochs(plan.total_steps)
-                    config = replace(config, epochs=setting)
-                    plan = study.plan(config)
-                if config.micro_batch != "auto":
-                    with as_usage():
-                        make_sampler(config, plan, world_size=1)
-            except ValueError as error:
-                raise ValueError(f"{arm} at budget {budget:g}, batch size {batch}: {error}") from None
-            flops = flops or [stage["flops"] for stage in make_summary(config, plan, study.classes, None)["stages"]]
-            work = sum(stage.steps * stage.batch_size * one for stage, one in zip(plan.stages, flops))
-            yield batch, Cost(config.epochs, plan.equivalent_epochs(plan.total_steps), TRAINING * work)
+            if config.micro_batch != "auto":
+                with as_usage():
+                    make_sampler(config, plan, world_size=1)
+        except ValueError as error:
+            raise ValueError(f"{arm} at budget {budget:g}, batch size {batch}: {error}") from None
+        return config, plan
 
     # ---- what it costs ---------------------------------------------------------------------------------------------
     def bound(self) -> tuple[int, float]:

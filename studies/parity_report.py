@@ -215,7 +215,7 @@ class ParityReport:
                 (line,) = axis.plot(x, y, "o-", markersize=3.5, label=arm)
                 axis.fill_between(x, y - half, y + half, color=line.get_color(), alpha=0.18, linewidth=0)
                 axis.plot(curve.costs / unit, curve.accuracies, ".", markersize=3, color=line.get_color(), alpha=0.5)
-            for other in [*curves][1:]:
+            for other in [*self.points][1:]:
                 found = self.target(other)
                 one = self.factors(other, found[0])[measure] if found else None
                 if one is not None and one.state == "measured":
