@@ -1,25 +1,32 @@
 """Finds a curriculum, or its settings, for your own data and model. Every trial is a run of main.py.
 
   python scripts/search.py constrained --recipe RECIPE --output FOLDER [--data_path DATA, and any flag of main.py]
+  python scripts/search.py parity --recipe A.yaml --against B.yaml --budgets 1.5,2,3,4,6 --output FOLDER [...]
 
 greedy        ICCV Algorithm 1: stages from last to first, the smallest input size that keeps the accuracy
 constrained   EfficientTrain++: total compute is fixed, stages from first to last, each continuing the one before
 magnitude     the RandAugment schedule that goes with a curriculum
 tune          learning rate and batch size, of the ordinary schedule and of the curriculum alike
+parity        what a recipe saves: how much less compute and time it takes for the accuracy of others
 
 Says first what it may cost at most. Trials run side by side on the machine's devices, each on one. Stopped or killed,
 the same command resumes: FOLDER/ledger.jsonl holds the finished trials by all their settings, so that none is repeated,
-by another search in the same folder neither. What was found is written to FOLDER/*.yaml, recipes for main.py.
+by another search in the same folder neither. What was found is written to FOLDER/*.yaml, recipes for main.py; by
+parity, to FOLDER/parity.md, .json, .csv and .png.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
+import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import yaml
@@ -27,9 +34,11 @@ import yaml
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, plain  # noqa: E402
+from config import Config, load_curriculum, plain  # noqa: E402
 from config.checks import check_settings  # noqa: E402
 from config.command_line import flags_of, parse_config, usage_error  # noqa: E402
+from studies.parity import RULE, Parity  # noqa: E402
+from studies.parity_report import ParityReport, arm_names  # noqa: E402
 from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
 from studies.study import Study  # noqa: E402
 from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
@@ -38,13 +47,24 @@ from utils import STOPPED, die, write_text  # noqa: E402
 
 # Flags that the search sets itself, or that train nothing.
 OURS = ("output_dir", "resume", "stop_after", "allow_change", "eval", "plan", "doctor", "predict")
+PARITY_S = ("epochs", "lr", "batch_size", "eval_interval", "keep_checkpoints")  # that parity sets itself, too
 STATED = ("curriculum", "epochs", "batch_size", "lr")  # in a recipe even where they are the defaults
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """Wrong usage is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        sys.exit(usage_error(f"{message}; --help lists what there is"))
 
 
 def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     """The search's own arguments, and main.py's."""
-    common = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    common.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="ledger, trials and recipes")
+    every = argparse.ArgumentParser(add_help=False)
+    every.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="ledger, trials and what was found")
+    every.add_argument("--parallel", type=int, help="trials at a time (default: the number of GPUs, or 1)")
+    every.add_argument("--predict", action="store_true", help="say what the search may cost, and end")
+    common = argparse.ArgumentParser(add_help=False, parents=[every])
     common.add_argument("--seeds", type=int, default=1, help="repetitions of every trial, against noise (default: 1)")
     common.add_argument(
         "--tolerance",
@@ -52,9 +72,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
         default=0.1,
         help="differences of accuracy up to this, in per cent, count as none (default: 0.1)",
     )
-    common.add_argument("--parallel", type=int, help="trials at a time (default: the number of GPUs, or 1)")
-    common.add_argument("--predict", action="store_true", help="say what the search may cost, and end")
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="search.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(dest="command", required=True)
@@ -112,15 +130,71 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     tune = commands.add_parser("tune", **shared, help="learning rate and batch size")
     tune.add_argument("--lrs", type=_numbers, help="learning rates (default: half, once and twice the recipe's)")
     tune.add_argument("--batch_sizes", type=_integers, help="batch sizes (default: the recipe's)")
+    _add_parity(commands, every)
     return parser.parse_known_args(argv)
 
 
+PARITY = """\
+How much less compute and training time A takes than B for the same accuracy, on your data.
+
+  python scripts/search.py parity --recipe A.yaml --against B.yaml --budgets 1.5,2,3,4,6 \\
+      --lrs 5e-4,1e-3,2e-3,4e-3,8e-3 --batches 32,64 --seeds 3 --output FOLDER --data_path DATA
+
+B may be two lines: "extends: A.yaml" and "curriculum: none". FOLDER/parity.md has the answer, parity.png the curves,
+parity.csv every trial. More budgets, seeds or values can be added later; trials that are known are not repeated.
+"""
+
+
+def _add_parity(commands: argparse._SubParsersAction, every: argparse.ArgumentParser) -> None:
+    parity = commands.add_parser(
+        "parity",
+        parents=[every],
+        allow_abbrev=False,
+        help="what a recipe saves",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"""{PARITY}
+{textwrap.fill(RULE, 100)}""",
+        epilog="All other flags of main.py may follow, and hold for every recipe: --data_path DATA ...",
+    )
+    parity.add_argument("--recipe", required=True, metavar="A.yaml", help="the recipe that is to save something")
+    parity.add_argument(
+        "--against", required=True, action="append", metavar="B.yaml", help="what it is compared with; may be repeated"
+    )
+    parity.add_argument(
+        "--budgets",
+        type=_numbers,
+        required=True,
+        metavar="X,X,...",
+        help="full-size epochs of compute, e.g. 1.2,1.7,2.4,3.5,6",
+    )
+    parity.add_argument(
+        "--lrs",
+        type=_numbers,
+        metavar="X,X,...",
+        help="learning rates (default: from half the recipes' lowest to twice their highest)",
+    )
+    parity.add_argument("--batches", type=_integers, metavar="N,N,...", help="batch sizes (default: the recipes')")
+    parity.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="of every result, after the two that tune (default: 3)"
+    )
+    parity.add_argument(
+        "--at", type=float, metavar="X", help="budget of B whose accuracy is to be reached (default: its largest)"
+    )
+
+
 def _numbers(text: str) -> list[float]:
-    return [float(value) for value in text.split(",")]
+    return _listed(text, float, "1e-3,2e-3")
 
 
 def _integers(text: str) -> list[int]:
-    return [int(value) for value in text.split(",")]
+    return _listed(text, int, "32,64")
+
+
+def _listed(text: str, kind: type, example: str) -> list:
+    try:
+        return [kind(value) for value in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers like {example}") from None
 
 
 def make_search(args: argparse.Namespace, study: Study) -> Greedy | Constrained | Magnitudes | Tuning:
@@ -150,6 +224,28 @@ def make_search(args: argparse.Namespace, study: Study) -> Greedy | Constrained 
         return Magnitudes(study, args.magnitudes)
     lrs = args.lrs or [config.lr / 2, config.lr, 2 * config.lr]
     return Tuning(study, lrs, args.batch_sizes or [config.batch_size])
+
+
+def make_parity(args: argparse.Namespace, configs: dict[str, Config]) -> Parity:
+    """Raises ValueError for arguments out of range."""
+    for name in ("seeds", "parallel"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            raise ValueError(f"--{name} is {value}; it must be at least 1")
+    if args.at is not None and args.at not in args.budgets:
+        raise ValueError(f"--at {args.at:g} is none of the --budgets")
+    for name, config in configs.items():
+        if config.task != "supervised":
+            raise ValueError(f"{name} is --task {config.task}: searches compare accuracies, of --task supervised")
+    arms = {
+        # The content of a curriculum's file, so that the ledger knows it from one that was changed.
+        name: Study(replace(config, curriculum=load_curriculum(config.curriculum)))
+        for name, config in configs.items()
+    }
+    rates = [config.lr for config in configs.values()]
+    doublings = math.ceil(math.log2(max(rates) / min(rates)) - 1e-9) + 2
+    lrs = args.lrs or [float(f"{min(rates) / 2 * 2**number:.6g}") for number in range(doublings + 1)]
+    batches = args.batches or sorted({config.batch_size for config in configs.values()})
+    return Parity(arms, args.budgets, lrs, batches, args.seeds)
 
 
 def make_slots(parallel: int | None, device: str) -> list[dict[str, str]]:
@@ -184,24 +280,35 @@ def write_recipes(found: Found, folder: Path, command: str) -> None:
 
 def main(argv: list[str], launch=launch) -> int:
     args, flags = parse(argv)
-    if forbidden := sorted(flags_of(flags) & set(OURS)):
+    parity = args.command == "parity"
+    if forbidden := sorted(flags_of(flags) & {*OURS, *(PARITY_S if parity else ())}):
         return usage_error(f"--{forbidden[0]} is not for searches: they set it themselves, or do not need it")
-    config = parse_config(flags)
     try:
-        check_settings(config)
-        study = Study(config, args.seeds, args.tolerance)
-        search = make_search(args, study)
+        if parity:
+            recipes = [args.recipe, *args.against]
+            configs = dict(zip(arm_names(recipes), [parse_config(["--recipe", path, *flags]) for path in recipes]))
+        else:
+            configs = {"": parse_config(flags)}
+        for config in configs.values():
+            check_settings(config)
+        if parity:
+            search = make_parity(args, configs)
+            studies = [*search.arms.values()]
+        else:
+            studies = [Study(configs[""], args.seeds, args.tolerance)]
+            search = make_search(args, studies[0])
         trials, compute = search.bound()
     except (ValueError, OSError) as error:
         return die(error, 2)
-    slots = make_slots(args.parallel, config.device)
+    slots = make_slots(args.parallel, studies[0].config.device)
     print(f"at most {trials} trials, {compute:.4g} full-size epochs of compute, {len(slots)} at a time", flush=True)
     if args.predict:
         return 0
-    started = time.perf_counter()
+    started, command = time.perf_counter(), f"python scripts/search.py {shlex.join(argv)}"
     try:
         with Laboratory(args.output, slots, compute, launch) as laboratory:
-            study.laboratory = laboratory
+            for study in studies:
+                study.laboratory = laboratory
             found = search.search()
     except SearchStopped:
         print("stopped; the same command resumes from here", flush=True)
@@ -213,7 +320,10 @@ def main(argv: list[str], launch=launch) -> int:
         f"done in {duration_text(time.perf_counter() - started)}: {used['trials']} trials of {used['compute']:.4g} "
         f"full-size epochs, {duration_text(used['seconds'])} of device time; {used['reused']} more were known"
     )
-    write_recipes(found, args.output, f"python scripts/search.py {shlex.join(argv)}")
+    if parity:
+        ParityReport(search, found, args.at, len(slots)).write(args.output, command)
+    else:
+        write_recipes(found, args.output, command)
     return 0
 
 

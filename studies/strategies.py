@@ -11,7 +11,7 @@ from statistics import mean
 
 from config import Config
 from curriculum import Plan
-from studies.study import Study, schedule
+from studies.study import Study, schedule, tuned
 from studies.trials import Trial
 from training.logs import spread
 
@@ -258,11 +258,7 @@ class Tuning:
         return {"ordinary": ordinary, "curriculum": config}
 
     def configs(self, arm: Config) -> dict[tuple[float, int], Config]:
-        micro = arm.micro_batch if isinstance(arm.micro_batch, int) else None
-        return {
-            (lr, batch): replace(arm, lr=lr, batch_size=batch, micro_batch=micro and min(micro, batch))
-            for batch, lr in product(self.batch_sizes, self.lrs)
-        }
+        return {(lr, batch): tuned(arm, lr, batch) for batch, lr in product(self.batch_sizes, self.lrs)}
 
     def bound(self) -> tuple[int, float]:
         runs = [self.study.trial(c, "") for arm in self.arms().values() for c in self.configs(arm).values()]

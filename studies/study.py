@@ -93,3 +93,10 @@ def schedule(name: str, clock: str, base: int, operator: str, untils: Sequence[f
     stages = [{"until": until, "input_size": size} for until, size in zip(untils, sizes)]
     kept = [one for one, after in pairwise([*stages, {"input_size": None}]) if one["input_size"] != after["input_size"]]
     return {"name": name, "clock": clock, "base_size": base, "operator": operator, "stages": kept}
+
+
+def tuned(config: Config, lr: float, batch_size: int) -> Config:
+    """A configuration with these; groups that are larger than the batch become as large as that."""
+    micro = config.micro_batch if isinstance(config.micro_batch, int) else None
+    groups = config.micro_batch if micro is None else min(micro, batch_size)
+    return replace(config, lr=lr, batch_size=batch_size, micro_batch=groups)

@@ -77,11 +77,13 @@ class Trial:
         config: all its settings but the output folder.
         label: what people call it.
         compute: full-size epochs' worth of compute that it takes (by pixels).
+        keep_weights: whether its checkpoints are needed when it has ended.
     """
 
     config: Config
     label: str
     compute: float
+    keep_weights: bool = True
 
     @cached_property
     def key(self) -> str:
@@ -187,6 +189,10 @@ class Laboratory:
         """Top-1 at the end of a trial, per cent (of the moving average where one is kept); 0 if it diverged."""
         return self.entries[trial.key]["accuracy"]
 
+    def training_seconds(self, trial: Trial) -> float | None:
+        """Seconds that a trial trained; None if it diverged, or ended before these were noted."""
+        return self.entries[trial.key].get("training_seconds")
+
     def done(self, trial: Trial) -> bool:
         """Whether a trial need not be run: it is in the ledger, with its checkpoint if others continue from that."""
         return trial.key in self.entries and (trial.config.stop_after is None or Path(self.checkpoint(trial)).exists())
@@ -244,9 +250,13 @@ class Laboratory:
             console = folder / "console.txt"
             last = console.read_text(encoding="utf-8").strip().splitlines()[-1:] if console.exists() else []
             raise ValueError(f"the trial {trial.label} failed ({''.join(last) or f'exit code {code}'}); see {console}")
-        self._note(trial, 0.0 if diverged else final_accuracy(folder, trial), time.perf_counter() - began)
+        accuracy = 0.0 if diverged else final_accuracy(folder, trial)
+        self._note(trial, accuracy, time.perf_counter() - began, None if diverged else training_seconds(folder))
+        if not trial.keep_weights:
+            for path in folder.glob("checkpoint-*.pth"):
+                path.unlink()
 
-    def _note(self, trial: Trial, accuracy: float | None, seconds: float) -> None:
+    def _note(self, trial: Trial, accuracy: float | None, seconds: float, training: float | None) -> None:
         """Writes a finished trial into the ledger, which is whole at any time."""
         with self._guard:
             self.entries[trial.key] = {
@@ -255,6 +265,7 @@ class Laboratory:
                 "accuracy": accuracy,
                 "compute": round(trial.compute, 4),
                 "seconds": round(seconds, 1),
+                "training_seconds": training,
                 "settings": plain(trial.config),
             }
             write_text(self.ledger, "".join(json.dumps(entry) + "\n" for entry in self.entries.values()))
@@ -292,3 +303,9 @@ def final_accuracy(folder: Path, trial: Trial) -> float | None:
         return None
     last = read_log(folder / "log.txt")[-1]
     return last.get("test_acc1_ema", last["test_acc1"])
+
+
+def training_seconds(folder: Path) -> float:
+    """Seconds that a run trained, by its log: loading and the optimizer's steps count, starting the program,
+    evaluations and the last checkpoint do not."""
+    return round(sum(record.get("seconds", 0.0) for record in read_log(folder / "log.txt")), 2)
