@@ -1,4 +1,6 @@
-"""The demo: trains the ordinary schedule and EfficientTrain++ side by side, prints a table and draws the picture.
+"""The demo: trains the ordinary schedule, EfficientTrain++ and the fast recipe side by side.
+
+Prints a table and how much less the curricula need for the same accuracy, and draws the picture.
 
 `bash scripts/demo.sh` sets up and calls it; `--seeds 3` repeats everything and gives mean and spread. A run that was
 interrupted resumes where it was, and one that is finished is not run again.
@@ -6,44 +8,60 @@ interrupted resumes where it was, and one that is finished is not run again.
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from studies.factors import Curve, factor
 from training.logs import duration_text, read_log, spread
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "demo.yaml"
+FAST = yaml.safe_load((ROOT / "recipes" / "_fast.yaml").read_text(encoding="utf-8"))
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One line of the table: a schedule at a share of the full budget."""
+    """One line of the table: settings at a share of the full budget."""
 
     name: str
     label: str
-    curriculum: str
-    magnitude: str
+    settings: dict[str, Any]
     share: float
 
 
-# The ordinary schedule gets the linear magnitude too, and the smaller budgets: on a small data set weaker augmentation
+# The ordinary schedules get the linear magnitude too, and the smaller budgets: on a small data set weaker augmentation
 # and shorter training are worth something by themselves, and the curriculum must not be credited with it.
-ARMS = (
-    Arm("ordinary-constant", "ordinary, magnitude constant", "none", "constant", 1),
-    Arm("ordinary", "ordinary, magnitude linear", "none", "linear", 1),
-    Arm("ordinary-2of3", "ordinary, magnitude linear", "none", "linear", 2 / 3),
-    Arm("ordinary-1of2", "ordinary, magnitude linear", "none", "linear", 1 / 2),
-    Arm("etpp-2of3", "EfficientTrain++", "efficienttrain++", "linear", 2 / 3),
-    Arm("etpp-1of2", "EfficientTrain++", "efficienttrain++", "linear", 1 / 2),
+ORDINARY = {"curriculum": "none", "magnitude": "linear"}
+LABELS = {
+    "ordinary": ("ordinary, AdamW", ORDINARY),
+    "muon": ("ordinary, Muon", {**FAST, **ORDINARY}),
+    "etpp": ("EfficientTrain++, AdamW", {"curriculum": "efficienttrain++"}),
+    "fast": ("fast recipe", FAST),
+}
+SHARES = (
+    ("ordinary", 1),
+    ("ordinary", 1 / 2),
+    ("ordinary", 1 / 4),
+    ("muon", 1 / 2),
+    ("muon", 1 / 4),
+    ("etpp", 2 / 3),
+    ("etpp", 1 / 2),
+    ("fast", 1 / 2),
+    ("fast", 1 / 3),
+    ("fast", 1 / 5),
 )
+ARMS = tuple(Arm(f"{kind}-{share:.2f}", *LABELS[kind], share) for kind, share in SHARES)
 
 
 def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
@@ -52,11 +70,10 @@ def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
         "recipe": RECIPE,
         "data_path": data,
         "output_dir": folder,
-        "curriculum": arm.curriculum,
-        "magnitude": arm.magnitude,
         "epochs": f"{epochs * arm.share:.4f}",
         "baseline_epochs": epochs,
         "seed": seed,
+        **arm.settings,
     }
     command = [sys.executable, str(ROOT / "main.py")]
     command += [str(part) for key, value in flags.items() for part in (f"--{key}", value)]
@@ -65,54 +82,98 @@ def train(arm: Arm, epochs: float, data: Path, folder: Path, seed: int) -> None:
 
 
 def result(folder: Path) -> dict[str, float]:
-    """Accuracy at the end (per cent), compute relative to the full ordinary schedule, seconds of training."""
+    """Accuracy at the end (per cent) and on how many images, compute relative to the full ordinary schedule, seconds of
+    training."""
     records = read_log(folder / "log.txt")
     total = json.loads((folder / "plan.json").read_text(encoding="utf-8"))["total"]
     return {
         "accuracy": records[-1]["test_acc1"],
+        "images": records[-1]["eval_images"],
         "compute": 1 / total["speedup_flops"],
         "seconds": sum(record["seconds"] for record in records),
     }
 
 
-def table(results: dict[str, list[dict[str, float]]]) -> str:
+Results = dict[str, list[dict[str, float]]]
+
+
+def table(results: Results) -> str:
     """One line per arm: mean (and over several seeds, standard deviation) of accuracy, compute and training time."""
-    full = statistics.mean(row["seconds"] for row in results["ordinary"])
-    lines = [f"{'schedule':<30} {'compute':>8} {'top-1':>16} {'training time':>14} {'speed-up':>9}"]
+    full = statistics.mean(row["seconds"] for row in results[ARMS[0].name])
+    lines = [f"{'schedule':<24} {'compute':>8} {'top-1':>16} {'training time':>14} {'speed-up':>9}"]
     for arm in ARMS:
         rows = results[arm.name]
         mean = {key: statistics.mean(row[key] for row in rows) for key in rows[0]}
         accuracy = f"{spread([row['accuracy'] for row in rows], 1)} %"
         lines.append(
-            f"{arm.label:<30} {mean['compute']:>8.2f} {accuracy:>16} {duration_text(mean['seconds']):>14} "
+            f"{arm.label:<24} {mean['compute']:>8.2f} {accuracy:>16} {duration_text(mean['seconds']):>14} "
             f"{full / mean['seconds']:>8.2f}x"
         )
     return "\n".join(lines)
 
 
-def draw(results: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Accuracy against compute: a line for the ordinary schedule, one for the curriculum, a point per seed."""
+def arms_of(label: str) -> list[Arm]:
+    """Those of one label, the cheapest first."""
+    return sorted((arm for arm in ARMS if arm.label == label), key=lambda arm: arm.share)
+
+
+def curve(results: Results, label: str, cost: str) -> Curve:
+    rows = [results[arm.name] for arm in arms_of(label)]
+    values = [[[row[key] for row in group] for group in rows] for key in (cost, "accuracy")]
+    return Curve(*map(np.array, values))
+
+
+def factors(results: Results) -> list[str]:
+    """How much less the curricula need for what ordinary training reaches at its largest budget."""
+    lines = []
+    for mine, other in (("etpp", "ordinary"), ("fast", "ordinary"), ("fast", "muon")):
+        names = [LABELS[kind][0] for kind in (mine, other)]
+        found = []
+        for cost, words in (("compute", "compute"), ("seconds", "training time")):
+            curves = [curve(results, name, cost) for name in names]
+            found.append(f"{factor(*curves, place=len(curves[1].cost) - 1).text()} x less {words}")
+        top = curves[1].accuracy[-1]
+        lines.append(f"for the {top:.1f} % of {names[1]}: {names[0]} takes {' and '.join(found)}")
+    return lines
+
+
+def half_width(results: Results, label: str) -> np.ndarray:
+    """(K,): of the 95 % interval of each budget's accuracy: over the seeds, or of the validation images of one seed."""
+    accuracies = curve(results, label, "compute")
+    if accuracies.half_width is not None:
+        return np.full(len(accuracies.cost), accuracies.half_width)
+    images = [results[arm.name][0]["images"] for arm in arms_of(label)]
+    share = accuracies.accuracy / 100
+    return 196 * np.sqrt(share * (1 - share) / images)
+
+
+def draw(results: Results, path: Path) -> None:
+    """Accuracy against compute and against time: a line and its band for each kind of schedule, a point per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.2), dpi=120)
-    for label in dict.fromkeys(arm.label for arm in ARMS):
-        arms = sorted((arm for arm in ARMS if arm.label == label), key=lambda arm: arm.share)
-        compute = [statistics.mean(row["compute"] for row in results[arm.name]) for arm in arms]
-        accuracy = [statistics.mean(row["accuracy"] for row in results[arm.name]) for arm in arms]
-        (line,) = axes.plot(compute, accuracy, "o-", label=label)
-        for arm in arms:
-            points = results[arm.name]
-            color = line.get_color()
-            axes.plot([p["compute"] for p in points], [p["accuracy"] for p in points], ".", color=color, alpha=0.4)
-    axes.set(xlabel="training compute (ordinary schedule = 1)", ylabel="validation top-1 (%)")
+    figure, panels = pyplot.subplots(1, 2, figsize=(9.6, 4.2), dpi=120, sharey=True)
+    full = statistics.mean(row["seconds"] for row in results[ARMS[0].name])
+    for axes, cost, unit in zip(panels, ("compute", "seconds"), (1.0, full)):
+        for label in dict.fromkeys(arm.label for arm in ARMS):
+            line, width = curve(results, label, cost), half_width(results, label)
+            (drawn,) = axes.plot(line.cost / unit, line.accuracy, "o-", label=label)
+            low, high = line.accuracy - width, line.accuracy + width
+            axes.fill_between(line.cost / unit, low, high, color=drawn.get_color(), alpha=0.15, linewidth=0)
+            axes.plot(line.costs.ravel() / unit, line.accuracies.ravel(), ".", color=drawn.get_color(), alpha=0.4)
+        axes.set_xlabel(f"training {'compute' if cost == 'compute' else 'time'} (full ordinary schedule = 1)")
+        axes.set_xscale("log")
+        ticks = [2.0**power for power in range(math.floor(math.log2(min(line.cost) / unit)), 1)]
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("validation top-1 (%)")
+    panels[0].legend(loc="lower right", fontsize=8)
     seeds = len(next(iter(results.values())))
-    axes.set_title(f"The demo's photographs, base size 64 ({seeds} seed{'s' * (seeds > 1)})")
-    axes.set_xlim(0, 1.1)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="center left", fontsize=8)  # no run has so little compute
+    bands = "over the seeds" if seeds > 1 else "of the validation images"
+    figure.suptitle(f"The demo's photographs, base size 64 ({seeds} seed{'s' * (seeds > 1)}; bands: 95 % {bands})")
     figure.tight_layout()
     figure.savefig(path)
 
@@ -140,7 +201,7 @@ def main() -> None:
         train(arm, epochs, args.data, args.output / f"{arm.name}-seed{seed}", seed)
         done += arm.share
     results = {arm.name: [result(args.output / f"{arm.name}-seed{seed}") for seed in range(args.seeds)] for arm in ARMS}
-    print("\n" + table(results))
+    print("\n" + table(results) + "\n\n" + "\n".join(factors(results)))
     picture = args.output / "demo.png"
     draw(results, picture)
     print(f"\npicture: {picture}")
