@@ -158,7 +158,7 @@ _FIXED = {
     # Of no paper: half the size or less for longer, then the full size at once. Its evidence is in docs/frontier.md, at
     # base size 64.
     "efficienttrain++-fast": Curriculum(
-        "efficienttrain++-fast", "compute", ((0.2, 24), (0.6, 32), (1.0, 64)), base_size=64
+        "efficienttrain++-fast", "compute", ((0.3, 24), (0.7, 32), (1.0, 64)), base_size=64
     ),
 }
 _COMPUTED = {

@@ -222,7 +222,7 @@ class Parity:
         for place in ranked:
             results = rows([place], range(CHOOSING, CHOOSING + self.seeds), "result")
             yield results
-            if all(self.accuracy(row) > 0 for row in results):
+            if all(map(self.ended, results)):
                 point.best, point.results = place, results
                 break
             point.notes.append(f"{_text(place)} diverged")
@@ -244,6 +244,10 @@ class Parity:
 
     def accuracy(self, row: Row) -> float:
         return self.arms[row.arm].laboratory.accuracy(row.trial)
+
+    def ended(self, row: Row) -> bool:
+        """Whether a trial trained to its end; one that diverged has accuracy 0, and no time."""
+        return self.accuracy(row) > 0 or self.arms[row.arm].laboratory.training_seconds(row.trial) is not None
 
     def _ranked(self, point: Point, places: Sequence[Place]) -> list[Place]:
         """Best first, by the mean over the seeds so far."""

@@ -228,7 +228,8 @@ class ParityReport:
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
             axis.tick_params(axis="x", which="minor", labelsize=6)
-            axis.legend(loc="lower right")
+            if curves:
+                axis.legend(loc="lower right")
         save(figure, folder, "parity")
 
     def write(self, folder: Path, command: str) -> None:

@@ -155,9 +155,9 @@ def test_a_law_s_factor_is_found(study, result, tmp_path, capsys):
     found = result()["factors"][0]
     # Two budgets apart by 1.5: log-linear between them, so interpolation is exact but for plans that end at a step.
     assert found["budget"] == 6.75 and not found["saturated"] and found["compute"]["state"] == "measured"
-    assert found["time"]["factor"] == pytest.approx(2 / 1.5, rel=1e-6)
-    assert found["compute"]["factor"] == pytest.approx(2, rel=0.1)
-    assert found["compute"]["low"] == pytest.approx(found["compute"]["factor"])  # without noise
+    assert found["time"]["value"] == pytest.approx(2 / 1.5, rel=1e-6)
+    assert found["compute"]["value"] == pytest.approx(2, rel=0.1)
+    assert found["compute"]["low"] == pytest.approx(found["compute"]["value"])  # without noise
     # At 2, the curriculum's smallest budget is already better.
     assert found["by_budget"][0]["time"]["state"] == "below the smallest budget"
     assert found["by_budget"][0]["time"]["text"].startswith("> ")
@@ -210,7 +210,7 @@ def test_saturated_unreachable_and_edges(study, result, capsys):
     assert study(Law(gain=2.0, caps=(math.inf, 80.0))) == 0  # ordinary training ends at 80, which it has from 4 on
     found = result()["factors"][0]
     assert found["saturated"] and found["budget"] == 4.5 and found["accuracy"] == pytest.approx(80)
-    assert found["time"]["factor"] == pytest.approx(2 * 4.5 / 4, rel=1e-3)
+    assert found["time"]["value"] == pytest.approx(2 * 4.5 / 4, rel=1e-3)
     assert "plain is saturated: its budgets above 4.5 gain nothing" in capsys.readouterr().out
 
 
@@ -218,7 +218,7 @@ def test_unreachable_and_untuned(study, result, capsys):
     assert study(Law(gain=0.5, best=(8e-3, 8)), at=4.5) == 0
     found = result()["factors"][0]
     assert found["budget"] == 4.5 and found["compute"]["state"] == "unreachable"
-    assert found["compute"]["factor"] is None and found["by_budget"][0]["compute"]["state"] == "measured"
+    assert found["compute"]["value"] is None and found["by_budget"][0]["compute"]["state"] == "measured"
     printed = capsys.readouterr().out
     assert "(unreachable)" in printed
     assert printed.count("not tuned: 0.004 is the edge of --lrs, try values beyond it") >= 8
@@ -283,7 +283,7 @@ def test_two_arms_that_are_the_same(study, result, tmp_path):
     assert study(play) == 0
     assert len({trial.key for trial in play.seen}) == len(play.seen)  # no trial is run for each of them
     found = result()["factors"][0]["by_budget"]
-    assert all(row["compute"]["factor"] == pytest.approx(1) for row in found)
+    assert all(row["compute"]["value"] == pytest.approx(1) for row in found)
     assert found[1]["compute"]["low"] < 1 < found[1]["compute"]["high"]
 
 
