@@ -49,9 +49,9 @@ def check_ranges(config: Config) -> None:
                 raise UsageError(f"--{name} is {value}; it must be {expected}")
     if not isinstance(config.epochs, str) and not config.epochs > 0:
         raise UsageError(f"--epochs is {config.epochs}; it must be above 0")
-    if config.fallback_lr_scale != 1 and config.opt != "muon":
+    if config.fallback_lr_scale is not None and config.opt != "muon":
         raise UsageError(
-            f"--fallback_lr_scale {config.fallback_lr_scale:g} is for --opt muon, not for {config.opt}: set it to 1"
+            f"--fallback_lr_scale {config.fallback_lr_scale:g} is for --opt muon, not for {config.opt}: leave it out"
         )
     low, high = config.crop_scale
     if not 0 < low <= high <= 1:

@@ -252,8 +252,9 @@ class OptimConfig:
     """Adam's or LAMB's betas; default: (0.9, 0.999)."""
     momentum: Stateful[float | None] = None
     """SGD's or Muon's momentum; default: 0.9, Muon's 0.95."""
-    fallback_lr_scale: Learned[float] = 1.0
-    """--opt muon: learning rate of what AdamW trains (stem, head, embeddings, vectors), relative to the matrices'."""
+    fallback_lr_scale: Learned[float | None] = None
+    """--opt muon: learning rate of what AdamW trains (stem, head, embeddings, vectors), relative to the matrices'.
+    Default: 0.1 for a model with BatchNorm, 1 without (docs/frontier.md)."""
     layer_decay: Stateful[float] = 1.0
     """Learning rate factor per layer, counted from the head (fine-tuning); 1 is off."""
     clip_grad: Learned[float | None] = None

@@ -9,8 +9,10 @@ from conftest import flags, same
 from timm.optim.muon import Muon as TimmMuon
 from torch import nn
 
+from config import Config
 from models import param_groups
 from models.cswin import CSWin  # noqa: F401 (registers the models)
+from training.build import make_optimizer
 from training.muon import Muon, as_matrix, newton_schulz
 
 
@@ -116,6 +118,15 @@ def test_layers_decay_as_with_any_other_optimizer():
         for groups in (param_groups(model, 0.05, 0.7), param_groups(model, 0.05, 0.7, matrices=True))
     ]
     assert scales[0] == scales[1] and len({scale for scale, _ in scales[0].values()}) > 10
+
+
+@pytest.mark.parametrize("name, scale", [("resnet18", 0.1), ("vit_tiny_patch16_224", 1.0), ("convnext_atto", 1.0)])
+def test_what_adamw_trains_learns_slower_where_there_is_batch_norm(name, scale):
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    for given, right in ((None, scale), (0.5, 0.5)):
+        groups = make_optimizer(Config(opt="muon", fallback_lr_scale=given), model).param_groups
+        assert {group["matrix"]: group["lr_scale"] for group in groups} == {True: 1.0, False: right}
 
 
 def test_a_convolution_is_seen_as_a_matrix_without_a_copy():

@@ -225,12 +225,17 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
         groups = param_groups(model, config.weight_decay, config.layer_decay, matrices=muon)
     try:
         if muon:
+            scale = config.fallback_lr_scale or (0.1 if has_batch_norm(model) else 1.0)
             for group in groups:
-                group["lr_scale"] *= 1.0 if group["matrix"] else config.fallback_lr_scale
+                group["lr_scale"] *= 1.0 if group["matrix"] else scale
             return Muon(groups, config.lr, config.weight_decay, **options)
         return create_optimizer_v2(groups, config.opt, lr=config.lr, weight_decay=config.weight_decay, **options)
     except (ValueError, TypeError, AssertionError) as error:
         raise UsageError(f"--opt {config.opt}: {error}") from None
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
 
 
 def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
