@@ -10,7 +10,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from curriculum import build_plan
 from training import logs
-from training.logs import Progress, RunLog, duration_text, progress_line, read_log
+from training.logs import Progress, RunLog, progress_line, read_log
+from utils import duration_text
 
 
 def record(step, **more):

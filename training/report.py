@@ -25,10 +25,10 @@ from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
 from training.findings import FINDINGS
-from training.logs import duration_text, read_log
+from training.logs import read_log
 from training.report_findings import class_scores, findings_section, table
 from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
-from utils import write_text
+from utils import duration_text, write_text
 
 WIDTH, HEIGHT = 640, 220
 PICTURE = 1 << 25  # bytes of a picture that the page takes in
