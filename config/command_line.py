@@ -110,8 +110,9 @@ def rescaled(argv: list[str]) -> list[str]:
         return []
     whose = "the recipe's" if recipe else "the default's"
     return [
-        f"warning: --lr {lr:g} is {whose} for batches of {before}, and --batch_size is {batch}: {lr * batch / before:.2g} "
-        f"(linear) or {lr * (batch / before) ** 0.5:.2g} (square root, usual for Adam and LAMB) would go with it"
+        f"warning: --lr {lr:g} is {whose} for batches of {before}, and --batch_size is {batch}: "
+        f"{lr * batch / before:.2g} (linear) or "
+        f"{lr * (batch / before) ** 0.5:.2g} (square root, usual for Adam and LAMB) would go with it"
     ]
 
 

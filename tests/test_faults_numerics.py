@@ -257,6 +257,24 @@ def test_meter_counts_streaks():
     assert again.trouble.tolist() == made.trouble.tolist() and torch.equal(again.sums, made.sums)
 
 
+def test_meter_averages_the_gradient():
+    made = meter([1], skips=True)
+    assert made.gradient_norm() == (None, None)
+    for step, norm in enumerate([1.0, 2.0, float("inf"), 6.0]):
+        made.add_gradient(torch.tensor(norm), step)
+    assert made.gradient_norm() == (3.0, 3.0)
+    made.add_gradient(torch.tensor(5.0), 4)
+    again = LossMeter(torch.device("cpu"), skips=True)
+    again.load(made.state(), is_main=False)
+    assert made.gradient_norm() == (5.0, 3.5)
+    for one in (made, again):
+        one.add_gradient(torch.tensor(1.0), 5)
+        assert one.gradient_norm() == (1.0, 3.0)
+        one.reset()
+        one.add_gradient(torch.tensor(4.0), 6)
+        assert one.gradient_norm() == (4.0, 4.0)
+
+
 def test_meter_forgets_nothing_with_a_reset():
     made = meter([1, "nan"])
     made.reset()

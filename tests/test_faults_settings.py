@@ -196,7 +196,7 @@ def state_at(plan, step, unfinished, **more):
         "changes": history.changes,
         "trained": trained(plan, step),
         "identity": {"curriculum": {"epochs": plan.epochs, "clock": plan.curriculum.clock}},
-        "meters": {"loss": [3.0, 2.0], "skipped": [0] * 4, "seconds": 1.0},
+        "meters": {"loss": [3.0, 2.0], "gradient": [6.0, 4.0], "skipped": [0] * 4, "seconds": 1.0},
         **more,
     }
 
@@ -221,7 +221,8 @@ def test_it_resumes_at_the_same_share_of_the_new_plan(new, share):
     assert plan.progress(want) - old.progress(step) < 1.5 * max(
         (stage.stop - stage.start) / stage.steps for stage in plan.stages
     )
-    assert state["meters"] == {"loss": [0.0, 0.0], "skipped": [0] * 4, "seconds": 1.0}
+    anew = {"loss": [0.0, 0.0], "gradient": [0.0, 0.0]}
+    assert state["meters"] == {**anew, "skipped": [0] * 4, "seconds": 1.0} and state["standing"] == {}
 
 
 def test_a_plan_that_begins_in_the_same_way_resumes_at_the_very_step():

@@ -153,7 +153,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_or_block_the_run(tmp_path, mon
     def fail(_event):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(log.board.writer, "write_event", fail)
+    monkeypatch.setattr(log.curves[0].writer, "write_event", fail)
     for number in range(50):  # more than any queue
         log.interval(number, {"loss": 1.0})
     log.epoch(record(1))

@@ -1,4 +1,4 @@
-"""Warnings that save a run: settings that rarely are what was meant, before it starts, and a sign that it overfitted."""
+"""Warnings that save a run: settings that are rarely what was meant, before it starts, and a sign of overfitting."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def first_was_best(records: Sequence[dict[str, Any]], key: str, size: int) -> st
     if len(scores) < 3 or max(scores[1:]) > scores[0]:
         return None
     return (
-        f"the first evaluation at {size} pixels, after step {scored[0]['step']}, is the best of {len(scores)}: what was "
-        "trained after it did not help; look for overfitting (training loss falls, validation loss rises), or a "
+        f"the first evaluation at {size} pixels, after step {scored[0]['step']}, is the best of {len(scores)}: what "
+        "followed did not help; look for overfitting (training loss falls, validation loss rises), or a "
         "learning rate that is too high"
     )

@@ -1,4 +1,5 @@
-"""The loss, the gradient's norm, and what goes wrong with them: kept on the device, read at log steps, reported so that it can be repeated."""
+"""The loss, the gradient's norm, and what goes wrong with them: kept on the device, read at log steps, reported so
+that it can be repeated."""
 
 from __future__ import annotations
 

@@ -23,7 +23,9 @@ from config import Config, plain
 from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
+from training.advice import first_was_best
 from training.charts import Series, chart, stack
+from training.early_stop import read_note
 from training.findings import FINDINGS
 from training.logs import read_log
 from training.report_findings import class_scores, findings_section, table
@@ -139,6 +141,7 @@ def write_report(output: Path) -> Path:
     changes = plan.get("changes", [])
     sections = [
         f"<h1>{escape(title)}</h1>",
+        *_remarks(output, settings, plan, records),
         _cards(output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
@@ -164,7 +167,15 @@ def write_report(output: Path) -> Path:
 
 def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
     done = records[-1]["progress"] if records else 0.0
-    state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
+    state = (
+        "done"
+        if done >= 1
+        else "ended early"
+        if read_note(output)
+        else "stopped"
+        if (output / "stopped.json").exists()
+        else f"{100 * done:.1f} % done"
+    )
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
     key, name, *_ = SCORES[settings.get("task", "supervised")]
@@ -183,6 +194,14 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     if total["params"]:
         cards.append((f"{total['params'] / 1e6:.1f} M", f"parameters; {total['flops'] / 1e9:.2f} G multiply-adds"))
     return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
+
+
+def _remarks(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
+    """What to know before the numbers are trusted."""
+    key, size = SCORES[settings.get("task", "supervised")][0], settings["eval_size"] or plan["base_size"]
+    note, found = read_note(output), None if key == "test_loss" else first_was_best(records, key, size)
+    lines = ([f"Ended early after step {note['step']}: {note['why']}."] if note else []) + ([found] if found else [])
+    return [f"<p>{escape(line[0].upper() + line[1:])}</p>" for line in lines]
 
 
 def _card(value: str, label: str) -> str:

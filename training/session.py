@@ -268,9 +268,8 @@ class Session:
         if self.ended_early is not None:
             if self.topology.is_main:
                 leave_note(self.config, step, self.ended_early)
-                print(
-                    f"ended early after step {step} of {self.plan.total_steps}, saved: {self.ended_early}", flush=True
-                )
+                where = f"step {step} of {self.plan.total_steps}"
+                print(f"ended early, after {where}, and saved: {self.ended_early}: {self.output}", flush=True)
             self.report()
             return 0
         if step >= self.end:
@@ -301,8 +300,7 @@ class Session:
 
     def _first_was_best(self) -> str | None:
         """What the log shows of it, if it can be read."""
+        key, size = f"test_{self.training.task.score}", self.best.get("eval_size", 0)
         with suppress(OSError, ValueError):
-            return first_was_best(
-                read_log(self.output / "log.txt"), f"test_{self.training.task.score}", self.best["eval_size"]
-            )
+            return first_was_best(read_log(self.output / "log.txt"), key, size)
         return None
