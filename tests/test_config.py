@@ -22,10 +22,10 @@ compile crop_pct crop_ratio crop_scale curriculum cutmix data_path data_set deco
 doctor drop_path early_large_batch epochs eval eval_data eval_interval eval_size finetune forward_batch
 head_init_scale hflip input_size keep_checkpoints layer_decay linear_probe log_interval lr lr_rule mae_target
 magnitude mask_ratio max_bad max_magnitude micro_batch min_lr mixup mixup_prob mixup_switch_prob model model_args
-model_ema model_ema_decay momentum num_classes patience stop_if wandb num_images num_workers on_nonfinite operator opt opt_betas opt_eps
+model_ema model_ema_decay momentum num_classes num_images num_workers on_nonfinite operator opt opt_betas opt_eps
 output_dir pipeline plan predict predict_to real_labels replay replay_memory reprob resume rows save_interval seed
 smoothing speeds stop_after suggest task timeout top_k train_interpolation train_split val_per_class val_split
-warmup_epochs weight_decay weight_decay_end
+warmup_epochs weight_decay weight_decay_end patience stop_if wandb
 """
 # The defaults that the published curricula and recipes rest on.
 DEFAULTS = {

@@ -1,4 +1,4 @@
-"""What is drawn beside log.txt: the norms and the rest are right, and Weights & Biases holds them as TensorBoard does."""
+"""What is drawn beside log.txt: the norms are right, and Weights & Biases holds all of it as TensorBoard does."""
 
 import importlib.util
 import struct
@@ -203,7 +203,7 @@ class NoServer(ModuleType):
         super().__init__("wandb")
         self.modes, self.offline_works = [], offline_works
 
-    def Settings(self, **_settings):  # noqa: N802 (wandb's)
+    def Settings(self, **_settings):
         return None
 
     def init(self, mode=None, **settings):

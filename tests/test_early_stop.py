@@ -4,7 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import Run, flags, same, script
+from conftest import Run, same, script
 from test_report import Page
 
 from config import Config, UsageError
@@ -85,7 +85,7 @@ def test_rules():
     + ["test_acc1 < 5 after never", "__import__('os') < 5 after 1", "test_acc1 < 5 after 10% or so", "1 < 2 < 3"],
 )
 def test_rules_that_are_none(text):
-    with pytest.raises(UsageError, match="--stop_if .* is not understood; write .test_acc1 < 5 after 10%") as caught:
+    with pytest.raises(UsageError, match=r"--stop_if .* is not understood; write .test_acc1 < 5 after 10%") as caught:
         check_settings(Config(stop_if=text))
     assert "\n" not in str(caught.value)
 

@@ -23,12 +23,11 @@ from config import Config, plain
 from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
-from training.advice import first_was_best
 from training.charts import Series, chart, stack
 from training.early_stop import read_note
 from training.findings import FINDINGS
 from training.logs import read_log
-from training.report_findings import class_scores, findings_section, table
+from training.report_findings import class_scores, findings_section, remarks, table
 from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
 from utils import duration_text, write_text
 
@@ -138,11 +137,13 @@ def write_report(output: Path) -> Path:
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
     check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
-    changes = plan.get("changes", [])
+    changes, note = plan.get("changes", []), read_note(output)
     sections = [
         f"<h1>{escape(title)}</h1>",
-        *_remarks(output, settings, plan, records),
-        _cards(output, settings, plan, records),
+        remarks(
+            note, records, SCORES[settings.get("task", "supervised")][0], settings["eval_size"] or plan["base_size"]
+        ),
+        _cards(note is not None, output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
         *_validation(output),
@@ -165,17 +166,12 @@ def write_report(output: Path) -> Path:
     return path
 
 
-def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def _cards(
+    ended: bool, output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]
+) -> str:
     done = records[-1]["progress"] if records else 0.0
-    state = (
-        "done"
-        if done >= 1
-        else "ended early"
-        if read_note(output)
-        else "stopped"
-        if (output / "stopped.json").exists()
-        else f"{100 * done:.1f} % done"
-    )
+    stopped = "ended early" if ended else "stopped" if (output / "stopped.json").exists() else None
+    state = "done" if done >= 1 else stopped or f"{100 * done:.1f} % done"
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
     key, name, *_ = SCORES[settings.get("task", "supervised")]
@@ -194,14 +190,6 @@ def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records
     if total["params"]:
         cards.append((f"{total['params'] / 1e6:.1f} M", f"parameters; {total['flops'] / 1e9:.2f} G multiply-adds"))
     return '<div class="cards">' + "".join(_card(*card) for card in cards) + "</div>"
-
-
-def _remarks(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> list[str]:
-    """What to know before the numbers are trusted."""
-    key, size = SCORES[settings.get("task", "supervised")][0], settings["eval_size"] or plan["base_size"]
-    note, found = read_note(output), None if key == "test_loss" else first_was_best(records, key, size)
-    lines = ([f"Ended early after step {note['step']}: {note['why']}."] if note else []) + ([found] if found else [])
-    return [f"<p>{escape(line[0].upper() + line[1:])}</p>" for line in lines]
 
 
 def _card(value: str, label: str) -> str:
