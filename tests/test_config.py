@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from config import Config, load_curriculum, load_recipe, plain, to_yaml
 from config.command_line import FIRST, flags_of, parse_config, parse_stated
+from config.paths import PATHS
 from curriculum.operators import OPERATORS
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
@@ -173,6 +174,37 @@ def test_what_was_stated(recipe):
     config, stated = parse_stated(["--recipe", path, "--epochs", "200", "--model_args.depth", "3"])
     assert stated == {"lr", "seed", "epochs", "model_args"} and config.model_args == {"depth": 3}
     assert flags_of(["--recipe", path, "--epochs=200"]) == {"recipe", "epochs"}
+
+
+NO_PATHS = """
+amp augment_on allow_change data_set device head label_key label_separator lr_rule mae_target magnitude model
+on_nonfinite operator opt pipeline plan schedule stop_if task train_interpolation wandb
+"""
+
+
+def test_paths_begin_at_home(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    for name in PATHS:
+        assert getattr(parse_config([f"--{name}=~/a b/x"]), name) == "/home/me/a b/x"
+        assert getattr(parse_config(["--recipe", recipe({name: "~/y"})]), name) == "/home/me/y"
+        for other in ("a/~", "./~/x", "s3://bucket/~x"):
+            assert getattr(parse_config([f"--{name}", other]), name) == other
+    assert parse_config(["--output_dir", "~root/x"]).output_dir.endswith("root/x")
+    assert "--output_dir ~nobody_here/x: there is no user 'nobody_here'; write ./~nobody_here/x" in wrong(
+        ["--output_dir", "~nobody_here/x"], capsys
+    )
+    # Every setting that takes any text is a path, or known to be none.
+    types = get_type_hints(Config)
+    texts = {name for name, kind in types.items() if kind is str or str in get_args(kind)}
+    durations = {name for name, kind in types.items() if float in get_args(kind)}
+    assert texts - durations <= {*PATHS, *NO_PATHS.split()}
+
+
+def test_recipes_begin_at_home(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe({"lr": 0.5}, "base.yaml")
+    path = recipe({"extends": "~/base.yaml"}, "below/last.yaml")
+    assert parse_config(["--recipe", path]).lr == parse_config(["--recipe", "~/base.yaml"]).lr == 0.5
 
 
 def test_part_of_a_mapping_keeps_the_rest_of_the_recipe(recipe):

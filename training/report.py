@@ -138,11 +138,10 @@ def write_report(output: Path) -> Path:
     check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
     changes, note = plan.get("changes", []), read_note(output)
+    key = SCORES[settings.get("task", "supervised")][0]
     sections = [
         f"<h1>{escape(title)}</h1>",
-        remarks(
-            note, records, SCORES[settings.get("task", "supervised")][0], settings["eval_size"] or plan["base_size"]
-        ),
+        remarks(note, records, key, settings["eval_size"] or plan["base_size"]),
         _cards(note is not None, output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
