@@ -36,7 +36,7 @@ def test_an_average_that_is_too_slow(decay, warned):
     assert planned("none", epochs=10, model_ema_decay=decay)[0] == []  # no average is kept
 
 
-@pytest.mark.parametrize("warmup, share", [("5%", None), ("20%", None), ("21%", 21), (5, 50)])
+@pytest.mark.parametrize("warmup, share", [("5%", None), ("20%", None), ("22%", 22), (5, 50)])
 def test_warm_up_beyond_the_first_stage(warmup, share):
     """EfficientTrain++'s first stage ends at 20 % of the run."""
     lines, _ = planned(epochs=10, warmup_epochs=warmup)

@@ -184,11 +184,11 @@ on_nonfinite operator opt pipeline plan schedule stop_if task train_interpolatio
 
 def test_paths_begin_at_home(recipe, monkeypatch, capsys):
     monkeypatch.setenv("HOME", "/home/me")
-    for name in PATHS:
-        assert getattr(parse_config([f"--{name}=~/a b/x"]), name) == "/home/me/a b/x"
-        assert getattr(parse_config(["--recipe", recipe({name: "~/y"})]), name) == "/home/me/y"
-        for other in ("a/~", "./~/x", "s3://bucket/~x"):
-            assert getattr(parse_config([f"--{name}", other]), name) == other
+    for given, want in (("~/a b/x", "/home/me/a b/x"), ("a/~", "a/~"), ("./~/x", "./~/x"), ("s3://a/~x", "s3://a/~x")):
+        by_flags = parse_config([f"--{name}={given}" for name in PATHS])
+        by_recipe = parse_config(["--recipe", recipe(dict.fromkeys(PATHS, given))])
+        for config in (by_flags, by_recipe):
+            assert [getattr(config, name) for name in PATHS] == [want] * len(PATHS)
     assert parse_config(["--output_dir", "~root/x"]).output_dir.endswith("root/x")
     assert "--output_dir ~nobody_here/x: there is no user 'nobody_here'; write ./~nobody_here/x" in wrong(
         ["--output_dir", "~nobody_here/x"], capsys

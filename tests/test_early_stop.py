@@ -1,6 +1,7 @@
 """--patience and --stop_if: when they end a run, what is left behind, and what the same command does then."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from test_report import Page
 from config import Config, UsageError
 from config.checks import Rule, check_settings, parse_stop_if
 from curriculum import build_plan
-from training.early_stop import NOTE, EarlyStop, check_stop_if
+from training.early_stop import NOTE, EarlyStop, check_stop_if, leave_note, stays_ended
 from training.tasks import Classification
 
 PLAN = build_plan("efficienttrain++", epochs=20, num_images=48, batch_size=8, base_size=64)
@@ -105,6 +106,7 @@ def test_settings_that_cannot_work():
 
 def test_a_run_that_ends_early(train, main_program, folder, tmp_path, capsys):
     whole = train("whole").result()
+    capsys.readouterr()
     rule = {"stop_if": "test_acc1 < 101 after 30%"}
     run = train("run", **rule)  # ends with 0
     out = capsys.readouterr().out
@@ -140,12 +142,19 @@ def test_patience_ends_a_run_that_stands_still(train, capsys):
     assert "--patience 12 steps: no evaluation of stage 1 was better than that after step 6" in capsys.readouterr().out
 
 
-def test_a_note_of_another_step_or_no_note_is_nothing(train, capsys):
-    run = train("run", stop_after="8 steps")
-    for content in ('{"step": 7, "why": "x"}', "{", '{"step": "8"}', "[]", "\0"):
-        (run.output / NOTE).write_text(content)
-        train("run", stop_after="8 steps")
-        assert "ended early" not in capsys.readouterr().out
+def test_notes(tmp_path, capsys):
+    config = Config(output_dir=str(tmp_path), patience="5%")
+    assert not stays_ended(config, tmp_path, 8, True)
+    leave_note(config, 8, "because")
+    assert stays_ended(config, tmp_path, 8, True)
+    assert not stays_ended(replace(config, patience="6%"), tmp_path, 8, True)
+    out = capsys.readouterr().out
+    assert out.count("this run ended early after step 8, because; ") == 2 and out.count("to train on, leave") == 1
+    assert not stays_ended(config, tmp_path, 9, True)  # of a checkpoint that it does not know
+    for content in ("{", '{"step": "8", "why": "x"}', '{"step": 8}', "[]", "\0"):
+        (tmp_path / NOTE).write_text(content)
+        assert not stays_ended(config, tmp_path, 8, True)
+    assert capsys.readouterr().out == ""
 
 
 def test_the_last_pass_is_not_stopped(train):

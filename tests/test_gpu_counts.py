@@ -76,9 +76,10 @@ def test_a_step_never_waits(name):
 
 def test_the_norm_of_a_gradient_that_is_not_clipped_costs_little():
     """For the log alone it is read, and not written: fewer kernels than with clipping, and no wait either."""
+    tensors = len([*build("resnet18").parameters()])
     clipped, free = (count_step(build("resnet18"), clip_grad=clip) for clip in (1.0, None))
     assert not free.waits and free.copies == clipped.copies
-    assert clipped.kernels - 6 <= free.kernels < clipped.kernels
+    assert clipped.kernels - tensors - 10 <= free.kernels <= clipped.kernels - tensors  # counted one by one here
     assert clipped.ops["_foreach_norm.Scalar"] == free.ops["_foreach_norm.Scalar"] == 1
 
 

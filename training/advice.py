@@ -34,7 +34,7 @@ def _fitting(steps: int) -> float:
 
 def _long_warmup(config: Config, plan: Plan) -> str | None:
     first = plan.stages[0]
-    if len(plan.stages) == 1 or plan.warmup_progress <= first.stop + 1e-9:
+    if len(plan.stages) == 1 or plan.warmup_progress <= first.stop + 0.01:  # stages end at a step
         return None
     return (
         f"--warmup_epochs {config.warmup_epochs} ends at {100 * plan.warmup_progress:.0f} % of the run, but its first "
