@@ -108,6 +108,11 @@ def offline(monkeypatch):
     for name in ("WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_NAME"):
         monkeypatch.delenv(name, raising=False)
     yield
+    end_service()
+
+
+def end_service():
+    """What W&B does when Python ends: then its files are whole."""
     if wandb := sys.modules.get("wandb"):
         with suppress(OSError):  # of a service that was killed
             getattr(wandb, "teardown", lambda: None)()
@@ -155,6 +160,7 @@ def test_a_run_that_is_resumed_twice_is_one_run_of_wandb(offline, main_program, 
     output = tmp_path / "run"
     for more in ({"stop_after": "3 steps"}, {"stop_after": "6 steps"}, {}):
         assert main_program(flags(output_dir=output, wandb="demo", **settings, **more)) == 0
+    end_service()
     starts = list(recorded(output))
     ids = {run_id for run_id, _ in starts}
     assert len(starts) == 3 and ids == {(output / RUN_ID).read_text().strip()}
