@@ -47,6 +47,12 @@ def test_warm_up_beyond_the_first_stage(warmup, share):
     assert planned("none", epochs=10, warmup_epochs=warmup)[0] == []  # one stage
 
 
+def test_warm_up_under_a_curriculum_of_many_stages():
+    """The first of which is short: the papers' warm-up of 7 % is none to warn of."""
+    assert planned("efficienttrain-linear", epochs=10, warmup_epochs="7%")[0] == []
+    assert len(planned("efficienttrain-linear", epochs=10, warmup_epochs="22%")[0]) == 1
+
+
 def test_batch_without_its_learning_rate(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("batch_size: 1024\nlr: 1.0e-3\n")
@@ -69,6 +75,7 @@ def test_they_are_said_before_the_run_and_by_the_plan(main_program, folder, tmp_
     assert json.loads(printed.out) and printed.err.splitlines() == warnings
 
 
+@pytest.mark.extended
 def test_no_recipe_is_warned_of():
     """Of those whose plan can be made from the papers' numbers of images alone."""
     images, seen = {"in1k": 1281167, "finetune": 1281167, "in22k": 13153500, "mae": 1281167}, 0

@@ -9,6 +9,7 @@ from config import Config
 from curriculum import Plan
 
 STALE = 0.01  # share of the moving average that may still be the initial weights at the end
+USUAL_WARMUP = 0.1  # share of a run; a warm-up as short as this is fine however short the first of many stages is
 
 
 def advice(config: Config, plan: Plan) -> list[str]:
@@ -34,7 +35,8 @@ def _fitting(steps: int) -> float:
 
 def _long_warmup(config: Config, plan: Plan) -> str | None:
     first = plan.stages[0]
-    if len(plan.stages) == 1 or plan.warmup_progress <= first.stop + 0.01:  # stages end at a step
+    most = max(first.stop, USUAL_WARMUP) + 0.01  # stages end at a step
+    if len(plan.stages) == 1 or plan.warmup_progress <= most:
         return None
     return (
         f"--warmup_epochs {config.warmup_epochs} ends at {100 * plan.warmup_progress:.0f} % of the run, but its first "
