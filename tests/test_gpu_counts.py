@@ -80,7 +80,6 @@ def test_the_norm_of_a_gradient_that_is_not_clipped_costs_little():
     clipped, free = (count_step(build("resnet18"), clip_grad=clip) for clip in (1.0, None))
     assert not free.waits and free.copies == clipped.copies
     assert free.kernels <= clipped.kernels - tensors  # which are scaled one by one here
-    assert clipped.ops["_foreach_norm.Scalar"] == free.ops["_foreach_norm.Scalar"] == 1
 
 
 class Waiting(Classification):
