@@ -50,7 +50,7 @@ def error_of(capsys):
     return line, out
 
 
-@pytest.mark.parametrize("kind, clip_grad", [("loss", None), ("loss", 1.0), ("gradient", 1.0)])
+@pytest.mark.parametrize("kind, clip_grad", [("loss", None), ("loss", 1.0), ("gradient", None), ("gradient", 1.0)])
 def test_stops_within_a_log_interval_and_says_where(
     main_program, folder, tmp_path, poisoned, capsys, kind, clip_grad, monkeypatch
 ):

@@ -297,7 +297,7 @@ def test_an_uninterrupted_run_is_the_oracle_for_a_change_that_changes_nothing(ma
         del result["state"]["changes"], result["state"]["identity"]
         # Step 8 is the last of the pass in progress, whose record starts anew with the change.
         assert result["log"][1]["step"] == 9 and result["log"][1].pop("images") == (24 if name == "a" else 8)
-        del result["log"][1]["train_loss"]
+        del result["log"][1]["train_loss"], result["log"][1]["grad_norm"]
         ends.append(result)
     assert same(*ends)
 
