@@ -158,11 +158,10 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
                 loss = forward_loss(t, images, targets, step, groups, seeds)
                 t.scaler.scale(loss * (len(images) / share)).backward()
             t.loss.add(loss, len(images), step)
-        if t.clip_grad is not None or t.scaler.is_enabled():
-            t.scaler.unscale_(t.optimizer)
-            norm = nn.utils.clip_grad_norm_(t.model.parameters(), t.clip_grad or float("inf"))
-            t.loss.add_gradient(norm, step)
-            restore(buffers, norm)
+        t.scaler.unscale_(t.optimizer)  # does nothing where there is no scaler
+        norm = gradient_norm(t.model, t.clip_grad)
+        t.loss.add_gradient(norm, step)
+        restore(buffers, norm)
         t.scaler.step(t.optimizer)
         t.scaler.update(1.0 if t.amp != "fp16" and t.skip_nonfinite else None)
         t.optimizer.zero_grad(set_to_none=True)
@@ -172,6 +171,20 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
         if after_step(lr, epoch.batch_size):
             return True
     return False
+
+
+def gradient_norm(model: nn.Module, clip: float | None) -> torch.Tensor:
+    """The gradient's global norm, before it is scaled down to ``clip``, if that is less."""
+    with_gradient = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    if clip is not None:
+        return nn.utils.clip_grad_norm_(with_gradient, clip)
+    return total_norm([parameter.grad for parameter in with_gradient])
+
+
+@torch.no_grad()
+def total_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Euclidean norm of all numbers of these tensors, which lie on one device: each is read once, in a few kernels."""
+    return torch.linalg.vector_norm(torch.stack([norm.float() for norm in torch._foreach_norm(tensors)]))
 
 
 def finished(t: Training, batches: Iterator, epoch: Pass, seeds: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

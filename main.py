@@ -7,7 +7,7 @@ import math
 import os
 import sys
 
-from config.command_line import parse_config, parse_stated
+from config.command_line import parse_config, parse_stated, rescaled
 
 if __name__ == "__main__" and "RANK" not in os.environ:
     parse_config(sys.argv[1:])  # so that --help and a mistyped flag are answered before torch is imported
@@ -37,6 +37,7 @@ from dense.weights import load_dense
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
 from models.check import check_trainable
+from training.advice import advice
 from training.build import (
     describe,
     describe_replay,
@@ -50,6 +51,8 @@ from training.build import (
     synchronise,
     usable,
 )
+from training.curves import check_wandb
+from training.early_stop import NOTE, check_stop_if, stays_ended
 from training.identity import check_same_run, identify
 from training.numerics import NonFinite
 from training.one_writer import OneWriter
@@ -74,13 +77,13 @@ from utils import (
 )
 
 
-def train(config: Config, topology: Topology) -> int:
+def train(config: Config, topology: Topology, warnings: Sequence[str] = ()) -> int:
     """Trains, or resumes training; 0 when the plan is done, 75 when a signal stopped it."""
     if not config.output_dir:
         raise UsageError("--output_dir is not set: name the folder for checkpoints and logs")
     with OneWriter(Path(config.output_dir), topology) as writer:
-        session = prepare(config, topology, writer)
-        return STOPPED if session is None else carry_out(session)
+        session = prepare(config, topology, writer, warnings)
+        return session if isinstance(session, int) else carry_out(session)
 
 
 def carry_out(session: Session) -> int:
@@ -100,27 +103,35 @@ def carry_out(session: Session) -> int:
             better = is_better(session, record, result)
             session.finish({**line, **result})
             done = record.index == len(plan) - 1
-            if done or better or session.save_is_due(training.step):
-                session.save(record.index + 1, better, required=done)
+            ended = not done and session.ends_early(record, {**line, **result})
+            if done or better or ended or session.save_is_due(training.step):
+                session.save(record.index + 1, better, required=done or ended)
             if result:
                 session.report()
+            if ended:
+                break
         else:
             return session.done()
     return session.stopped()
 
 
-def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | None:
+def prepare(config: Config, topology: Topology, writer: OneWriter, warnings: Sequence[str] = ()) -> Session | int:
     """What a run is built of. Nothing is written before all of it is known to work.
 
-    Returns None for a worker that was started again after the run was stopped.
+    Returns an exit code where there is nothing to do: for a worker that was started again after the run was stopped,
+    and for a run that ended early.
     """
+    if config.wandb:
+        check_wandb(config.wandb)
     agreement = Agreement(timedelta(minutes=config.timeout))
     output = Path(config.output_dir)
     if stays_stopped(output, topology):
-        return None
+        return STOPPED
 
     # The checkpoint to resume from
     found = checkpoint_to_resume(config, topology)
+    if found is not None and stays_ended(config, found[0].parent, found[1]["step"], topology.is_main):
+        return 0
     order = class_order(config, found)
 
     # The data and the plan
@@ -155,6 +166,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         freeze_body(model, normalise=config.linear_probe == "batchnorm")
     summary = make_summary(config, plan, classes, sampler)
     training = make_training(config, plan, sampler, place(model, topology.device, config.channels_last), classes)
+    check_stop_if(config, training.task)
     if state is not None:
         restore(state, identity, training, topology.is_main)
     training.model = wrap(model, topology, config.compile)
@@ -165,7 +177,8 @@ def prepare(config: Config, topology: Topology, writer: OneWriter) -> Session | 
         start_folder(output, config, topology, plan, summary, history)
         if history.replanned and history.replanned["step"] == training.step:
             checkpoints.set_aside(output, len(history.changes))
-        print("\n".join([table(summary, baseline(config, plan)), *replay]), flush=True)
+        lines = [table(summary, baseline(config, plan)), *replay, *warnings, *advice(config, plan)]
+        print("\n".join(lines), flush=True)
     return Session(config, topology, plan, sources, training, agreement, identity, state)
 
 
@@ -220,6 +233,7 @@ def start_folder(
     """The resolved configuration, the plan and what the run runs on, beside the checkpoints."""
     try:
         output.mkdir(parents=True, exist_ok=True)
+        (output / NOTE).unlink(missing_ok=True)
         changes = "".join(f"# changed at {line}\n" for line in history.lines())
         write_text(output / "config.yaml", to_yaml(config) + changes)
         write_text(output / "plan.json", json.dumps({**summary, "changes": history.lines()}) + "\n")
@@ -230,11 +244,11 @@ def start_folder(
         raise OSError(f"--output_dir {output} cannot be written: {error.strerror}") from None
 
 
-def run(config: Config, said: set[str]) -> int:
-    """Does what the settings ask for. ``said``: the settings that the command line states."""
+def run(config: Config, said: set[str], warnings: Sequence[str] = ()) -> int:
+    """Does what the settings ask for. ``said``: the settings that the command line states; ``warnings``: about them."""
     check_settings(config)
     if config.plan != "none":
-        return show_plan(config)
+        return show_plan(config, warnings)
     if config.suggest:
         return write_suggestion(config, said)
     end_with_launcher()
@@ -246,14 +260,15 @@ def run(config: Config, said: set[str]) -> int:
     if config.eval:
         return evaluate_weights(config, topology)
     with printing_never_fails():
-        return train(config, topology)
+        return train(config, topology, warnings)
 
 
 def main(argv: list[str]) -> int:
     """The command line in, the exit code out; what went wrong is one line on standard error."""
     prepare_streams()
     try:
-        code = run(*parse_stated(argv))
+        config, said = parse_stated(argv)
+        code = run(config, said, rescaled(argv))
         close_topology()
         return code
     except KeyboardInterrupt:

@@ -212,6 +212,17 @@ def write_text(path: Path, text: str) -> None:
         raise
 
 
+def duration_text(seconds: float) -> str:
+    """75 -> 1:15, 90000 -> 1 d 1:00:00."""
+    if seconds == float("inf"):
+        return "unknown"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    text = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
+    return f"{days} d {text}" if days else text
+
+
 class _Tolerant:
     """A text stream that loses what it cannot write: a full disk, a reader that is gone."""
 

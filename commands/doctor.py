@@ -33,8 +33,7 @@ from training.build import (
     make_train_set,
     number_of_classes,
 )
-from training.logs import duration_text
-from utils import Topology, write_text
+from utils import Topology, duration_text, write_text
 
 SECONDS = 1.5  # spent on each measurement of the host; a training step gets as much after a first one
 IMAGES = 64  # different images that are read again and again: what lies in the page cache, as in later epochs

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,15 @@ from curriculum import CurriculumSampler, Plan, summarize, table
 from datasets import build_source
 from dense.cost import DETECTION, SEGMENTATION, count
 from models.flops import count_flops
+from training.advice import advice
 from training.build import describe_replay, make_model, make_plan, make_sampler, number_of_classes
 from training.report import plan_picture
 from training.scenes import open_dense
 from utils import write_text
 
 
-def show_plan(config: Config) -> int:
-    """Prints the plan. Needs data or --num_images."""
+def show_plan(config: Config, warnings: Sequence[str] = ()) -> int:
+    """Prints the plan, and warnings about it on standard error. Needs data or --num_images."""
     num_images, classes = config.num_images, config.num_classes or 1000
     if num_images is None:
         source = open_dense(config, train=True) if config.task in DENSE_TASKS else build_source(config, train=True)
@@ -36,6 +39,8 @@ def show_plan(config: Config) -> int:
     summary = make_summary(config, plan, classes, sampler, speeds)
     if int(os.environ.get("RANK", 0)) > 0:
         return 0
+    for line in (*warnings, *advice(config, plan)):
+        print(line, file=sys.stderr)
     if config.plan == "picture":
         path = Path(config.output_dir or ".") / "plan.svg"
         path.parent.mkdir(parents=True, exist_ok=True)

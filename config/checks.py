@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import NamedTuple
 
 from config.kinds import named
 from config.settings import Config
@@ -85,9 +86,13 @@ def check_settings(config: Config) -> None:
         _check_multilabel(config)
     parse_interval(config.save_interval)
     parse_parts(config.allow_change)
-    for name in ("log_interval", "eval_interval"):
+    for name in ("log_interval", "eval_interval", "stop_after", "patience"):
         with as_usage():
-            parse_duration(getattr(config, name))
+            parse_duration(getattr(config, name) or 0)
+    if config.stop_if is not None:
+        parse_stop_if(config.stop_if)
+    if config.patience is not None and config.task == "mae":
+        raise UsageError(f"--patience {config.patience} needs an accuracy, and --task mae has none; use --stop_if")
 
 
 def _check_data(config: Config) -> None:
@@ -190,6 +195,27 @@ def parse_interval(text: str | float) -> float | None:
         return 60 * float(match[1])
     except ValueError:
         raise UsageError(f"--save_interval {text!r} is not understood; write e.g. 30 minutes") from None
+
+
+class Rule(NamedTuple):
+    """``--stop_if``: what a number of the log must not be, and from when on."""
+
+    name: str
+    sign: str
+    bound: float
+    after: str
+
+
+def parse_stop_if(text: str) -> Rule:
+    """``test_acc1 < 5 after 10%`` -> its parts. Raises UsageError for another form."""
+    match = re.fullmatch(r"\s*(\w+)\s*(<=?|>=?)\s*(\S+)\s+after\s+(\S.*)", text)
+    try:
+        rule = Rule(match[1], match[2], float(match[3]), match[4])
+        parse_duration(rule.after)
+        return rule
+    except (TypeError, ValueError) as error:
+        reason = f": {error}" if match and "duration" in str(error) else ""
+        raise UsageError(f'--stop_if {text!r} is not understood; write "test_acc1 < 5 after 10%"{reason}') from None
 
 
 def parse_parts(text: str | None) -> list[str]:

@@ -14,6 +14,7 @@ import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentError, ArgumentParser, DefaultHelpFormatter, get_loader, set_loader
 
+from config.paths import PATHS, expand
 from config.recipes import load_recipe
 from config.settings import GROUPS, Config
 from config.urls import redact
@@ -35,7 +36,7 @@ of the plan's clock), "20 passes" over the data, 20% of the run, or "500 steps".
 # The settings with which nearly every run begins; --help shows them first.
 FIRST = ("data_path", "output_dir", "model", "curriculum", "epochs", "batch_size", "micro_batch", "lr", "plan")
 # Values whose type says too little; all other floats or strings are durations.
-WRITTEN = {"val_share": "X%"}
+WRITTEN = {"val_share": "X%", "wandb": "PROJECT", "stop_if": "'NAME < X after DURATION'"}
 
 
 class _Help(RawDescriptionHelpFormatter, DefaultHelpFormatter):
@@ -74,7 +75,7 @@ def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
     parser = _parser()
     try:
         flags = vars(_parse(parser, argv))
-        recipe = flags.pop("recipe", None)
+        recipe = expand("recipe", flags.pop("recipe", None))
         content = load_recipe(recipe) if recipe else {}
         if unknown := [key for key in content if key not in Config.__dataclass_fields__]:
             raise ValueError(f"recipe {recipe}: " + _unknown(unknown[0], []))
@@ -92,7 +93,27 @@ def parse_stated(argv: list[str]) -> tuple[Config, set[str]]:
     except (ArgumentError, ValueError, OSError) as error:
         raise UsageError(_short(error)) from None
     values.pop("recipe")
+    values.update({name: expand(name, values[name]) for name in PATHS})
     return Config(**values), {*content, *flags}
+
+
+def rescaled(argv: list[str]) -> list[str]:
+    """A warning if the command line changes the batch and leaves the learning rate, which belong together."""
+    parser = _parser()
+    flags = vars(_parse(parser, argv))
+    if "batch_size" not in flags or "lr" in flags:
+        return []
+    recipe = expand("recipe", flags.get("recipe"))
+    known = {**vars(Config()), **(vars(parser.parse_object(load_recipe(recipe))) if recipe else {})}
+    batch, before, lr = flags["batch_size"], known["batch_size"], known["lr"]
+    if batch == before:
+        return []
+    whose = "the recipe's" if recipe else "the default's"
+    return [
+        f"warning: --lr {lr:g} is {whose} for batches of {before}, and --batch_size is {batch}: "
+        f"{lr * batch / before:.2g} (linear) or "
+        f"{lr * (batch / before) ** 0.5:.2g} (square root, usual for Adam and LAMB) would go with it"
+    ]
 
 
 def flags_of(argv: list[str]) -> set[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from config.files import read_text
+from config.paths import expand
 from config.settings import Config
 
 SIZE = 1 << 17  # bytes of a file: long numbers take time by the square of their length
@@ -40,7 +41,7 @@ def _resolve(path: str, known: dict[str, dict[str, Any]], children: tuple[str, .
         parents = content.pop("extends", [])
         settings: dict[str, Any] = {}
         for parent in parents if isinstance(parents, list) else [parents]:
-            settings.update(_resolve(str(Path(path).parent / str(parent)), known, (*children, real)))
+            settings.update(_resolve(str(Path(path).parent / expand("extends", str(parent))), known, (*children, real)))
         known[real] = {**settings, **content}
     return dict(known[real])
 

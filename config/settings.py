@@ -75,6 +75,13 @@ class RunConfig:
     """A loss that is not finite: stop the run, or leave such optimizer steps out (at most 1 % of them, 30 in a row)."""
     stop_after: Free[float | str | None] = None
     """Duration after which the run saves and ends before its plan does; without it the same command resumes."""
+    patience: Free[float | str | None] = None
+    """Duration without a better evaluation after which the run ends, saved; evaluations of one stage are compared."""
+    stop_if: Free[str | None] = None
+    """A number of log.txt that ends the run, saved, after a pass: "test_acc1 < 5 after 10%"."""
+    wandb: Free[str | None] = None
+    """Draw the run's curves in this project of Weights & Biases, too; ENTITY/PROJECT names whose. WANDB_MODE=offline
+    keeps them in --output_dir."""
     timeout: Free[float] = 30.0
     """Minutes without progress after which a process that hangs ends the run, saying where it stands."""
 

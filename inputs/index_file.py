@@ -22,6 +22,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from utils import duration_text
+
 try:
     import fcntl
 except ImportError:  # Windows: processes that build at once then each build, and the last one's file stays
@@ -242,9 +244,10 @@ class Progress:
     def __init__(self, root: str, total: int, unit: str, doing: str = "indexing"):
         self.root, self.total, self.unit, self.doing = root, total, unit, doing
         self.done = self.images = 0
-        self.next = time.monotonic() + 1
+        self.begun = time.monotonic()
+        self.next = self.begun + 1
         self.interval, self.end = (0.5, "\r") if sys.stderr.isatty() else (15.0, "\n")
-        self.shown = False
+        self.shown = 0  # characters of the last line
 
     def add(self, images: int) -> None:
         """One more of ``total`` is done, with so many images."""
@@ -259,6 +262,8 @@ class Progress:
             self._show("\n")
 
     def _show(self, end: str) -> None:
-        self.shown = True
         line = f"{self.doing} {self.root}: {self.done} of {self.total} {self.unit}, {self.images} images"
-        print(line, end=end, file=sys.stderr, flush=True)
+        if 0 < self.done < self.total:
+            line += f", {duration_text((time.monotonic() - self.begun) * (self.total / self.done - 1))} left"
+        print(line.ljust(self.shown), end=end, file=sys.stderr, flush=True)  # over a longer one
+        self.shown = len(line)

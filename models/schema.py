@@ -36,10 +36,19 @@ class Best(TypedDict, total=False):
     eval_size: Count
 
 
+class Standing(TypedDict, total=False):
+    """The best evaluation of the stage (training.early_stop); empty before the first."""
+
+    stage: Count
+    score: float
+    step: Count
+
+
 class Meters(TypedDict, total=False):
     """Of the epoch in progress."""
 
     loss: Required[tuple[float, float]]
+    gradient: tuple[float, float]
     skipped: tuple[Count, Count, Count, Count]
     seconds: Required[Seconds]
 
@@ -87,6 +96,7 @@ class Checkpoint(TypedDict, total=False):
     trained: list[list[Count]]
     changes: list[Change]
     unwritten: str
+    standing: Standing
 
 
 def check_fields(payload: dict[str, Any]) -> None:

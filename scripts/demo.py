@@ -23,7 +23,8 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from studies.factors import Curve, factor
-from training.logs import duration_text, read_log, spread
+from training.logs import read_log, spread
+from utils import duration_text
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = ROOT / "recipes" / "demo.yaml"

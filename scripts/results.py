@@ -29,8 +29,10 @@ sys.path.insert(0, str(ROOT))
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
-from training.logs import duration_text, read_log, spread  # noqa: E402
+from training.early_stop import read_note  # noqa: E402
+from training.logs import read_log, spread  # noqa: E402
 from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
+from utils import duration_text  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
 CIRCUMSTANCES = (*named(Config, "free"), "seed")
@@ -108,6 +110,8 @@ def read_run(path: Path) -> Run | str:
         devices = read_environment(path).get("devices", "unknown")
     except (OSError, ValueError) as error:
         return str(error)
+    if note := read_note(path):
+        return f"it ended early after step {note['step']}, {note['why']}"
     if not records or records[-1]["progress"] < 1:
         return "not finished"
     done = 0.0  # of the plan's clock; records of earlier versions do not say where their pass began

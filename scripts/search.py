@@ -42,8 +42,7 @@ from studies.parity_report import ParityReport, arm_names  # noqa: E402
 from studies.strategies import Constrained, Found, Greedy, Magnitudes, Tuning  # noqa: E402
 from studies.study import Study  # noqa: E402
 from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # noqa: E402
-from training.logs import duration_text  # noqa: E402
-from utils import STOPPED, die, write_text  # noqa: E402
+from utils import STOPPED, die, duration_text, write_text  # noqa: E402
 
 # Flags that the search sets itself, or that train nothing.
 OURS = ("output_dir", "resume", "stop_after", "allow_change", "eval", "plan", "doctor", "predict")

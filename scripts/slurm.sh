@@ -41,6 +41,7 @@ submit() {
     [[ $gpus =~ ^[0-9]+$ ]] || usage "--gpus $gpus is no number of devices"
     [[ $warn =~ ^[0-9]+$ ]] || usage "--warn $warn is no number of seconds"
     [[ -n $output ]] || usage "--output_dir is not set"
+    case $output in "~" | "~/"*) output=$HOME${output#\~} ;; esac # which --output_dir=~/x leaves to us
     mkdir -p "$output" && output=$(cd "$output" && pwd)
 
     . "$(dirname "${BASH_SOURCE[0]}")/_setup.sh"

@@ -12,7 +12,7 @@ import torch
 from curriculum import high_pass, low_pass
 from studies.figures import panels, save, shades, write_csv
 from studies.runs import RunFolder
-from training.logs import duration_text
+from utils import duration_text
 
 FILTERS = {"low-pass": low_pass, "high-pass": high_pass}
 BANDWIDTHS = (10, 20, 40, 60, 80, 110)  # at 224 pixels, in cycles per image side

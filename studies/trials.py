@@ -27,8 +27,8 @@ from typing_extensions import TypedDict
 from config import Config, plain, to_yaml
 from config.files import read_text
 from config.kinds import named
-from training.logs import duration_text, read_log
-from utils import STOPPED, write_text
+from training.logs import read_log
+from utils import STOPPED, duration_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 # Settings that say where and how a run is carried out, and not what comes out of it: where it starts and ends, and the

@@ -138,7 +138,7 @@ class Run:
         state = self.state()
         state["meters"] = {"loss": state["meters"]["loss"]}
         del state["config"]
-        timed = ("seconds", "images_per_s")
+        timed = ("seconds", "images_per_s", "memory_gib")
         log = [{key: value for key, value in record.items() if key not in timed} for record in self.log()]
         return {"state": state, "log": log}
 

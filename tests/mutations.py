@@ -36,12 +36,14 @@ crop_pct schedule lr_steps head_args
 """
 ELSEWHERE = {
     "main.py": "channels_last finetune linear_probe head_init_scale mean std compile seed device "
-    "deterministic tf32 eval predict suggest doctor plan output_dir",
+    "deterministic tf32 eval predict suggest doctor plan output_dir wandb",
     "datasets.py": "data_set data_path train_split val_split val_per_class val_share class_map labels label_columns "
     "label_separator label_key cache_dir cache_size",
     "training/identity.py": "allow_change",
     "training/scenes.py": "head train_sides max_side test_side crop crop_prob",
-    "training/session.py": "output_dir save_interval keep_checkpoints timeout stop_after eval_interval log_interval",
+    "training/session.py": "output_dir save_interval keep_checkpoints timeout stop_after eval_interval log_interval "
+    "wandb",
+    "training/early_stop.py": "patience stop_if",
     "training/resume.py": "resume auto_resume output_dir",
     "training/validation.py": "eval_size",
     "commands/evaluate.py": "mean std crop_pct eval_data real_labels",

@@ -13,6 +13,7 @@ from conftest import ROOT
 
 from config import Config, load_curriculum, load_recipe, plain, to_yaml
 from config.command_line import FIRST, flags_of, parse_config, parse_stated
+from config.paths import PATHS
 from curriculum.operators import OPERATORS
 
 # What others' scripts and recipes are written against: a name may be added here, but none taken away or renamed.
@@ -25,7 +26,7 @@ magnitude mask_ratio max_bad max_magnitude micro_batch min_lr mixup mixup_prob m
 model_ema model_ema_decay momentum num_classes num_images num_workers on_nonfinite operator opt opt_betas opt_eps
 output_dir pipeline plan predict predict_to real_labels replay replay_memory reprob resume rows save_interval seed
 smoothing speeds stop_after suggest task timeout top_k train_interpolation train_split val_per_class val_split
-warmup_epochs weight_decay weight_decay_end
+warmup_epochs weight_decay weight_decay_end patience stop_if wandb
 """
 # The defaults that the published curricula and recipes rest on.
 DEFAULTS = {
@@ -173,6 +174,37 @@ def test_what_was_stated(recipe):
     config, stated = parse_stated(["--recipe", path, "--epochs", "200", "--model_args.depth", "3"])
     assert stated == {"lr", "seed", "epochs", "model_args"} and config.model_args == {"depth": 3}
     assert flags_of(["--recipe", path, "--epochs=200"]) == {"recipe", "epochs"}
+
+
+NO_PATHS = """
+amp augment_on allow_change data_set device head label_key label_separator lr_rule mae_target magnitude model
+on_nonfinite operator opt pipeline plan schedule stop_if task train_interpolation wandb
+"""
+
+
+def test_paths_begin_at_home(recipe, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", "/home/me")
+    for given, want in (("~/a b/x", "/home/me/a b/x"), ("a/~", "a/~"), ("./~/x", "./~/x"), ("s3://a/~x", "s3://a/~x")):
+        by_flags = parse_config([f"--{name}={given}" for name in PATHS])
+        by_recipe = parse_config(["--recipe", recipe(dict.fromkeys(PATHS, given))])
+        for config in (by_flags, by_recipe):
+            assert [getattr(config, name) for name in PATHS] == [want] * len(PATHS)
+    assert parse_config(["--output_dir", "~root/x"]).output_dir.endswith("root/x")
+    assert "--output_dir ~nobody_here/x: there is no user 'nobody_here'; write ./~nobody_here/x" in wrong(
+        ["--output_dir", "~nobody_here/x"], capsys
+    )
+    # Every setting that takes any text is a path, or known to be none.
+    types = get_type_hints(Config)
+    texts = {name for name, kind in types.items() if kind is str or str in get_args(kind)}
+    durations = {name for name, kind in types.items() if float in get_args(kind)}
+    assert texts - durations <= {*PATHS, *NO_PATHS.split()}
+
+
+def test_recipes_begin_at_home(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    recipe({"lr": 0.5}, "base.yaml")
+    path = recipe({"extends": "~/base.yaml"}, "below/last.yaml")
+    assert parse_config(["--recipe", path]).lr == parse_config(["--recipe", "~/base.yaml"]).lr == 0.5
 
 
 def test_part_of_a_mapping_keeps_the_rest_of_the_recipe(recipe):

@@ -50,7 +50,7 @@ def error_of(capsys):
     return line, out
 
 
-@pytest.mark.parametrize("kind, clip_grad", [("loss", None), ("loss", 1.0), ("gradient", 1.0)])
+@pytest.mark.parametrize("kind, clip_grad", [("loss", None), ("loss", 1.0), ("gradient", None), ("gradient", 1.0)])
 def test_stops_within_a_log_interval_and_says_where(
     main_program, folder, tmp_path, poisoned, capsys, kind, clip_grad, monkeypatch
 ):
@@ -255,6 +255,24 @@ def test_meter_counts_streaks():
     again = LossMeter(torch.device("cpu"), skips=True)
     again.load(state, is_main=True)
     assert again.trouble.tolist() == made.trouble.tolist() and torch.equal(again.sums, made.sums)
+
+
+def test_meter_averages_the_gradient():
+    made = meter([1], skips=True)
+    assert made.gradient_norm() == (None, None)
+    for step, norm in enumerate([1.0, 2.0, float("inf"), 6.0]):
+        made.add_gradient(torch.tensor(norm), step)
+    assert made.gradient_norm() == (3.0, 3.0)
+    made.add_gradient(torch.tensor(5.0), 4)
+    again = LossMeter(torch.device("cpu"), skips=True)
+    again.load(made.state(), is_main=False)
+    assert made.gradient_norm() == (5.0, 3.5)
+    for one in (made, again):
+        one.add_gradient(torch.tensor(1.0), 5)
+        assert one.gradient_norm() == (1.0, 3.0)
+        one.reset()
+        one.add_gradient(torch.tensor(4.0), 6)
+        assert one.gradient_norm() == (4.0, 4.0)
 
 
 def test_meter_forgets_nothing_with_a_reset():

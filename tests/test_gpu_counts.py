@@ -74,6 +74,14 @@ def test_a_step_never_waits(name):
     assert MODELS[name] / 2 < count.kernels < MODELS[name]
 
 
+def test_the_norm_of_a_gradient_that_is_not_clipped_costs_little():
+    """For the log alone it is read, and not written: fewer kernels than with clipping, and no wait either."""
+    tensors = len([*build("resnet18").parameters()])
+    clipped, free = (count_step(build("resnet18"), clip_grad=clip) for clip in (1.0, None))
+    assert not free.waits and free.copies == clipped.copies
+    assert free.kernels <= clipped.kernels - tensors  # which are scaled one by one here
+
+
 class Waiting(Classification):
     """The negative control: reads the loss in every step."""
 

@@ -3,14 +3,18 @@
 import errno
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import same
 from tensorboardX.proto.event_pb2 import Event
 
 from curriculum import build_plan
+from inputs import index_file
 from training import logs
-from training.logs import Progress, RunLog, duration_text, progress_line, read_log
+from training.logs import Progress, RunLog, progress_line, read_log
+from utils import duration_text
 
 
 def record(step, **more):
@@ -152,7 +156,7 @@ def test_tensorboard_on_a_full_disk_does_not_stop_or_block_the_run(tmp_path, mon
     def fail(_event):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(log.board.writer, "write_event", fail)
+    monkeypatch.setattr(log.curves[0].writer, "write_event", fail)
     for number in range(50):  # more than any queue
         log.interval(number, {"loss": 1.0})
     log.epoch(record(1))
@@ -204,6 +208,52 @@ def test_eta_knows_that_stages_differ_in_speed(clock):
     expected = 10 * (second.steps - 5) + 10 * third.steps * (224 / 160) ** 2
     assert progress.eta(step, epoch, 0) == pytest.approx(expected)
     assert progress.eta(plan.total_steps, epoch, 0) == 0
+
+
+def test_compiling_counts_once_for_each_size_to_come(clock):
+    plan = build_plan("efficienttrain++", epochs=10, num_images=100, batch_size=10)
+    first, second, third = plan.stages
+    progress, epoch = Progress(plan), plan.records[0]
+    progress.compiling = True
+    clock.now += 90  # the first step
+    assert progress.step() and progress.compile_seconds == 90
+    for _ in range(10):
+        assert not progress.step()
+    clock.now += 20
+    assert progress.interval(epoch) == pytest.approx(5)  # without the step that compiled
+    train = 2 * (first.steps - 11) + 2 * second.steps * (160 / 96) ** 2 + 2 * third.steps * (224 / 96) ** 2
+    assert progress.eta(11, epoch, 0) == pytest.approx(train + 2 * 90)
+    last = plan.records[-1]
+    progress.seconds_per_step[last.stage] = 3.0
+    assert progress.eta(plan.total_steps - 4, last, 0) == pytest.approx(12)
+
+
+def test_a_compiled_run_says_what_it_waits_for(train, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model, **_: model)
+    run = train(compile=True)
+    out = capsys.readouterr().out
+    for size in (32, 48, 64):
+        assert out.count(f"compiling the model for input size {size}, in its first step") == 1
+        assert out.count(f"compiled for input size {size} in 0:0") == 1
+    assert "input size 48, in its first step; the last one took 0:0" in out
+    assert same(run.result()["state"]["model"], train("plain").state()["model"])
+    assert "compiling" not in capsys.readouterr().out
+
+
+def test_long_setting_up_says_how_long_it_takes(monkeypatch, capsys):
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(index_file, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    report = index_file.Progress("here", 200, "archives")
+    for _ in range(100):
+        clock.now += 1.5
+        report.add(10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "indexing here: 1 of 200 archives, 10 images, 4:58 left"
+    assert lines[-1].startswith("indexing here: 9") and 5 < len(lines) < 20  # every 15 s into a file
+    for _ in range(100):
+        report.add(10)
+    report.close()
+    assert capsys.readouterr().err.splitlines()[-1].rstrip() == "indexing here: 200 of 200 archives, 2000 images"
 
 
 def test_what_is_not_training_does_not_count_as_slow(clock):

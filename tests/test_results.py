@@ -10,7 +10,7 @@ import yaml
 from conftest import ROOT, script
 
 from config import Config
-from training.logs import duration_text
+from utils import duration_text
 
 results = script("results")
 

@@ -9,6 +9,7 @@ import json
 from contextlib import redirect_stdout
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -424,10 +425,32 @@ def _(make):
 
 # -- the course of a run -----------------------------------------------------------------------------------------------
 wired("stop_after", "5 steps", lambda p: p.session.end, 5)
+wired("patience", "5%", lambda p: judged(p), True)
+wired("stop_if", "test_acc1 < 5 after 0%", lambda p: judged(p), True)
 wired("eval_interval", "1%", lambda p: p.session.evaluated == list(range(len(p.plan))), True)
 wired("save_interval", "2 steps", lambda p: [p.session.saver.due(step) for step in (1, 2, 3, 4)], [False, True] * 2)
 wired("timeout", 2.0, lambda p: p.session.watchdog.timeout, 120.0)
 wired("keep_checkpoints", 3, lambda p: len(numbered(p)), epochs=1, save_interval="1 steps")
+
+
+def judged(p):
+    """Whether a run ends that scored 9 % at its start and scores 1 % at step 20."""
+    early = p.session.early_stop
+    early.standing = {"stage": 0, "score": 9.0, "step": 0}
+    return early.judge(p.plan.records[0], {"step": 20, "test_acc1": 1.0}) is not None
+
+
+@special("wandb")
+def _(make):
+    opened = []
+    silent = SimpleNamespace(draw=lambda *_: None, close=lambda: None)
+    make.monkeypatch.setattr(training.session, "WandB", lambda name, folder, _: opened.append((name, folder)) or silent)
+    make.monkeypatch.setattr(main, "check_wandb", lambda name: opened.append(name))
+    for stated in ({}, {"wandb": "demo"}):
+        parts = make(**stated)
+        with parts.session:
+            pass
+    assert opened == ["demo", ("demo", parts.session.output)]
 
 
 def numbered(p):

@@ -139,6 +139,8 @@ FIELDS += [
     ("meters", "loss"),
     ("meters", "seconds"),
     ("meters", "skipped"),
+    ("meters", "gradient"),
+    ("standing",),
     ("config", "model"),
     ("config", "eval_size"),
 ]

@@ -30,7 +30,7 @@ from training import validation
 from training.tasks import Classification
 
 RECORD = ["epoch", "step", "start", "progress", "equivalent_epochs", "input_size", "magnitude", "lr", "train_loss"]
-RECORD += ["images", "images_per_s", "seconds"]
+RECORD += ["grad_norm", "weight_norm", "memory_gib", "images", "images_per_s", "seconds"]
 SCORES = ["eval_size", "eval_images", "test_loss", "test_acc1", "test_acc5"]
 EMA_SCORES = ["test_loss_ema", "test_acc1_ema", "test_acc5_ema"]
 QUIET = {"mixup": 0, "cutmix": 0, "reprob": 0}  # no mixing or erasing: what a batch does is the sum over its images
@@ -121,6 +121,7 @@ def test_steps_are_those_of_a_plain_loop(train, folder, plan):
     optimizer = torch.optim.AdamW([{"params": decayed}, {"params": others, "weight_decay": 0}], betas=(0.9, 0.95))
     sampler = CurriculumSampler(plan, seed=0, micro_batch=8)
     mean, std = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    norms = []
     for step, batch in enumerate(sampler):
         for group in optimizer.param_groups:
             group["lr"] = plan.lr_at(step)
@@ -131,10 +132,13 @@ def test_steps_are_those_of_a_plain_loop(train, folder, plan):
         targets = torch.tensor([images[i][1] for i, *_ in batch])
         optimizer.zero_grad()
         F.cross_entropy(model(inputs), targets, label_smoothing=0.1).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
         optimizer.step()
     for key, value in run.state()["model"].items():
         torch.testing.assert_close(value, model.state_dict()[key], rtol=1e-4, atol=1e-6)
+    for record, epoch in zip(run.log(), plan, strict=True):
+        mean = sum(norms[epoch.first_step : record["step"]]) / epoch.steps
+        assert record["grad_norm"] == pytest.approx(mean, rel=1e-3)
 
 
 def test_test_scores_are_those_of_torchvision(train, folder):

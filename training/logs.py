@@ -1,9 +1,10 @@
-"""What the user sees: log.txt (JSON lines), TensorBoard, and the progress line with the ETA of the whole run."""
+"""What the user sees: log.txt (JSON lines), curves, and the progress line with the ETA of the whole run."""
 
 from __future__ import annotations
 
 import errno
 import io
+import itertools
 import json
 import math
 import os
@@ -12,25 +13,25 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
-from tensorboardX.summary import image, scalar
 
 from config.files import read_bytes
 from curriculum import Pass, Plan
-from utils import write_text
+from engine import Training, total_norm
+from training.curves import Curves, TensorBoard
+from utils import duration_text, unwrap, write_text
 
 MOST_DAMAGED = 1000
 ROUNDING = 1e-9  # progress that rounding may add
 
 
 class RunLog:
-    """``log.txt`` and ``tensorboard/`` in the output folder. With ``folder`` None (other processes) it does nothing.
+    """``log.txt`` and ``tensorboard/`` in the output folder, and other curves. Does nothing with ``folder`` None, as in
+    processes other than the main one.
 
     A full or broken disk does not end the run: records that could not be written are kept and written with the next.
 
@@ -39,16 +40,19 @@ class RunLog:
         step: optimizer steps done.
         logged: progress up to which records stay; on resume, later ones are cut away, for they will come again.
         unwritten: lines that the run before could not write, from its checkpoint.
+        curves: where the numbers are drawn beside TensorBoard.
     """
 
-    def __init__(self, folder: Path | None, step: int, logged: float, unwritten: str = "") -> None:
+    def __init__(
+        self, folder: Path | None, step: int, logged: float, unwritten: str = "", curves: Sequence[Curves] = ()
+    ) -> None:
         self.path = folder / "log.txt" if folder else None
         self.waiting = ""
-        self.board = None
+        self.curves: list[Curves] = []
         if folder is None:
             return
         self._cut(logged, unwritten)
-        self.board = Board(folder / "tensorboard", step)
+        self.curves = [TensorBoard(folder / "tensorboard", step), *curves]
 
     def _cut(self, logged: float, unwritten: str) -> None:
         """A damaged line stays where it is; the piece that a kill left of the last one is the start of one to come."""
@@ -84,7 +88,7 @@ class RunLog:
                 flush=True,
             )
         numbers = {key: value for key, value in record.items() if isinstance(value, float | int) and key != "step"}
-        self.board.draw(record["step"], {f"epoch/{key}": value for key, value in numbers.items()})
+        self._draw("epoch", record["step"], numbers)
 
     def _write_waiting(self) -> None:
         """All of it or, on an error, nothing: half a line would spoil the next one."""
@@ -104,56 +108,23 @@ class RunLog:
 
     def interval(self, step: int, scalars: dict[str, float]) -> None:
         """Draws the numbers of a log interval."""
-        if self.board is not None:
-            self.board.draw(step, {f"train/{key}": value for key, value in scalars.items()})
+        self._draw("train", step, scalars)
+
+    def _draw(self, group: str, step: int, scalars: dict[str, float]) -> None:
+        for place in self.curves:
+            place.draw(step, {f"{group}/{key}": value for key, value in scalars.items()})
 
     def picture(self, step: int, name: str, pixels: torch.Tensor) -> None:
-        """Shows uint8 (3, H, W) in TensorBoard."""
-        if self.board is not None:
-            self.board.show(step, image(name, pixels.cpu().numpy()))
+        """Shows uint8 (3, H, W) beside the curves."""
+        for place in self.curves:
+            place.picture(step, name, pixels)
 
     def close(self) -> None:
         """Raises OSError if records are still not written."""
+        for place in self.curves:
+            place.close()
         if self.path is not None and self.waiting:
             self._write_waiting()
-
-
-class Board:
-    """TensorBoard curves. Written here and now: tensorboardX's SummaryWriter leaves it to a thread, and blocks the
-    training for ever once that thread has met a full disk."""
-
-    def __init__(self, folder: Path, step: int) -> None:
-        self.writer = None
-        try:
-            folder.mkdir(exist_ok=True)
-            self.writer = EventsWriter(str(folder / "events"), f".{os.getpid()}")
-            # Of the run before, TensorBoard hides what comes after the checkpoint.
-            self._write(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
-            self.writer.flush()
-        except (OSError, ValueError) as error:  # its ValueError is a path that protobuf cannot hold
-            self._give_up(error)
-
-    def draw(self, step: int, scalars: dict[str, float]) -> None:
-        self.show(step, *(scalar(key, value) for key, value in scalars.items()))
-
-    def show(self, step: int, *summaries: Summary) -> None:
-        if self.writer is None:
-            return
-        try:
-            for summary in summaries:
-                self._write(Event(step=step, summary=summary))
-            self.writer.flush()
-        except (OSError, ValueError) as error:
-            self._give_up(error)
-
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self.writer.write_event(event)
-
-    def _give_up(self, error: OSError | ValueError) -> None:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        print(f"warning: no more TensorBoard curves from here on ({reason}); log.txt has the numbers", flush=True)
-        self.writer = None
 
 
 def parse_record(line: str) -> dict[str, Any] | None:
@@ -190,20 +161,29 @@ class Progress:
     """Measures speed and says when the run will end: each stage has its own speed, measured once it runs.
 
     A stage that has not run yet is assumed to take time in proportion to its pixels, from the one that ran last.
+    Compiling, which the first step at each input size does, counts once for each size that is to come.
     """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.seconds_per_step: dict[int, float] = {}  # by stage
         self.evaluation_seconds = 0.0  # the last evaluation's
+        self.compile_seconds = 0.0  # the last input size's
+        self.compiling = False  # whether the next step does
         self.mark()
 
     def mark(self) -> None:
         """Starts an interval of training (after anything that is not training)."""
         self._time, self._steps = time.perf_counter(), 0
 
-    def step(self) -> None:
+    def step(self) -> bool:
+        """Counts a step. Whether it was one that compiled, which says nothing of the speed."""
+        if self.compiling:
+            self.compile_seconds, self.compiling = time.perf_counter() - self._time, False
+            self.mark()
+            return True
         self._steps += 1
+        return False
 
     def interval(self, epoch: Pass) -> float:
         """Ends the interval and starts another. Images per second over all devices."""
@@ -220,7 +200,9 @@ class Progress:
         if known is None:
             return float("inf")
         per_pixel = known / (epoch.batch_size * epoch.input_size**2)
+        sizes = [stage.input_size for stage in self.plan.stages[epoch.stage :]]
         total = evaluations_left * self.evaluation_seconds
+        total += self.compile_seconds * sum(a != b for a, b in itertools.pairwise(sizes))
         for number, stage in enumerate(self.plan.stages):
             left = stage.first_step + stage.steps - max(step, stage.first_step)
             if left > 0:
@@ -242,6 +224,18 @@ def progress_line(
     )
 
 
+def measure(training: Training) -> dict[str, float]:
+    """What is worth a curve beside loss and speed, as far as it is to be had. Waits for the device."""
+    found = {"weight_norm": total_norm([*unwrap(training.model).parameters()]).item()}
+    if training.amp == "fp16":
+        found["loss_scale"] = training.scaler.get_scale()
+    found["memory_gib"] = memory_gib(training.device)
+    if training.device.type == "cuda":
+        with suppress(Exception):  # it takes the package nvidia-ml-py, and a device that is not partitioned (MIG)
+            found["gpu_utilization"] = float(torch.cuda.utilization(training.device))
+    return found
+
+
 def memory_gib(device: torch.device) -> float:
     """Peak memory: of the device where it tells (CUDA), else of this process."""
     if device.type == "cuda":
@@ -254,14 +248,3 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     """58.41 +- 0.52: the mean and, of several, the sample's standard deviation."""
     mean = f"{statistics.mean(values):.{digits}f}"
     return f"{mean} +- {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def duration_text(seconds: float) -> str:
-    """75 -> 1:15, 90000 -> 1 d 1:00:00."""
-    if seconds == float("inf"):
-        return "unknown"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    text = f"{hours}:{minutes:02d}:{seconds:02d}" if hours or days else f"{minutes}:{seconds:02d}"
-    return f"{days} d {text}" if days else text

@@ -1,4 +1,5 @@
-"""The loss and what goes wrong with it: kept on the device, read at log steps, reported so that it can be repeated."""
+"""The loss, the gradient's norm, and what goes wrong with them: kept on the device, read at log steps, reported so
+that it can be repeated."""
 
 from __future__ import annotations
 
@@ -33,7 +34,8 @@ class NonFinite(RuntimeError):
 
 
 class LossMeter:
-    """Sum of losses since :meth:`reset`, and steps that went wrong since the start. No step waits for the device.
+    """Sums of losses and gradient norms since :meth:`reset`, and steps that went wrong since the start. No step waits
+    for the device.
 
     Args:
         device: where the losses are.
@@ -48,6 +50,8 @@ class LossMeter:
     ) -> None:
         # Double precision makes the mean independent of where a run was interrupted; MPS has none.
         self.sums = torch.zeros(2, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+        # Of the steps whose gradient was finite: its norms' sum, and their number; and both when they were last read.
+        self.norms, self._read = torch.zeros_like(self.sums), (0.0, 0.0)
         # First step that is an error; skipped steps: in a row until now, most in a row, in all, and the last of them.
         self.trouble = torch.tensor([NEVER, 0, 0, 0, 0], device=device)
         self.skips, self.tolerates_loss, self.max_skipped = skips, tolerates_loss, max_skipped
@@ -64,6 +68,8 @@ class LossMeter:
     def add_gradient(self, norm: torch.Tensor, step: int) -> None:
         """The gradient's norm at optimizer step ``step``, the same on all processes."""
         finite = torch.isfinite(norm)
+        self.norms[0] += torch.where(finite, norm, 0.0)
+        self.norms[1] += finite
         if not self.skips:
             return self._note_error(finite, step)
         bad = (~finite).to(self.trouble.dtype)
@@ -92,16 +98,30 @@ class LossMeter:
             raise NonFinite(f"{skipped} optimizer steps were skipped for a gradient that is not finite", last)
         return total / max(images, 1)
 
+    def gradient_norm(self) -> tuple[float | None, float | None]:
+        """Mean norm of the gradient since the last call, and since :meth:`reset`. Waits for the device.
+
+        Steps whose gradient was not finite do not count; None: there were no others.
+        """
+        total, steps = self.norms.tolist()
+        (before, seen), self._read = self._read, (total, steps)
+        return (total - before) / (steps - seen) if steps > seen else None, total / steps if steps else None
+
     def reset(self) -> None:
         self.sums.zero_()
+        self.norms.zero_()
+        self._read = (0.0, 0.0)
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; a collective operation."""
-        return {"loss": all_sum(self.sums.clone()).tolist(), "skipped": self.trouble[1:].tolist()}
+        loss, gradient = all_sum(self.sums.clone()).tolist(), self.norms.tolist()
+        return {"loss": loss, "gradient": gradient, "skipped": self.trouble[1:].tolist()}
 
     def load(self, state: dict[str, Any], is_main: bool) -> None:
         if is_main:  # sums of the epoch in progress, of all processes
             self.sums += torch.tensor(state["loss"], dtype=self.sums.dtype).to(self.sums.device)
+        self._read = tuple(state.get("gradient", (0.0, 0.0)))
+        self.norms += torch.tensor(self._read, dtype=self.norms.dtype).to(self.norms.device)
         self.trouble[1:] = torch.tensor(state.get("skipped", [0] * 4)).to(self.trouble.device)
 
 

@@ -24,11 +24,12 @@ from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
 from training.charts import Series, chart, stack
+from training.early_stop import read_note
 from training.findings import FINDINGS
-from training.logs import duration_text, read_log
-from training.report_findings import class_scores, findings_section, table
+from training.logs import read_log
+from training.report_findings import class_scores, findings_section, remarks, table
 from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
-from utils import write_text
+from utils import duration_text, write_text
 
 WIDTH, HEIGHT = 640, 220
 PICTURE = 1 << 25  # bytes of a picture that the page takes in
@@ -136,10 +137,12 @@ def write_report(output: Path) -> Path:
     records = read_log(output / "log.txt") if (output / "log.txt").exists() else []
     check_records(records, output / "log.txt")
     title = f"{settings['model']} · {plan['curriculum']}"
-    changes = plan.get("changes", [])
+    changes, note = plan.get("changes", []), read_note(output)
+    key = SCORES[settings.get("task", "supervised")][0]
     sections = [
         f"<h1>{escape(title)}</h1>",
-        _cards(output, settings, plan, records),
+        remarks(note, records, key, settings["eval_size"] or plan["base_size"]),
+        _cards(note is not None, output, settings, plan, records),
         "<h2>Training</h2>" + f'<div class="grid">{"".join(_curves(settings, plan, records))}</div>',
         f'<h2>Stages</h2><div class="scroll">{_stages(settings, plan, records)}</div>',
         *_validation(output),
@@ -162,9 +165,12 @@ def write_report(output: Path) -> Path:
     return path
 
 
-def _cards(output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]) -> str:
+def _cards(
+    ended: bool, output: Path, settings: dict[str, Any], plan: dict[str, Any], records: list[dict[str, Any]]
+) -> str:
     done = records[-1]["progress"] if records else 0.0
-    state = "done" if done >= 1 else "stopped" if (output / "stopped.json").exists() else f"{100 * done:.1f} % done"
+    stopped = "ended early" if ended else "stopped" if (output / "stopped.json").exists() else None
+    state = "done" if done >= 1 else stopped or f"{100 * done:.1f} % done"
     base = settings["eval_size"] or plan["base_size"]
     at_base = [record for record in records if record.get("eval_size") == base]
     key, name, *_ = SCORES[settings.get("task", "supervised")]

@@ -1,4 +1,4 @@
-"""The report's part on the validation images: classes, what is confused with what, and the images most wrong."""
+"""The report's findings: what to know of the run, classes, what is confused with what, and the images most wrong."""
 
 from __future__ import annotations
 
@@ -6,8 +6,23 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from training.advice import first_was_best
+
 SHOWN = 20  # rows of a table; the others are folded away
 FEW = 20  # training images of a class below which it is pointed out
+
+
+def remarks(note: dict[str, Any] | None, records: list[dict[str, Any]], key: str, size: int) -> str:
+    """HTML of what to know before a run's numbers are trusted.
+
+    Args:
+        note: that it ended early, if it did. records: of its log. key: in it, what its evaluations at ``size`` are told
+            by.
+    """
+    lines = [f"ended early after step {note['step']}: {note['why']}"] if note else []
+    if key != "test_loss" and (found := first_was_best(records, key, size)):
+        lines.append(found)
+    return "".join(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in lines)
 
 
 def findings_section(found: dict[str, Any]) -> str:

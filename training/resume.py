@@ -37,6 +37,7 @@ def pack(
     images: dict[str, Any],
     history: History,
     unwritten: str,
+    standing: dict[str, Any],
 ) -> dict[str, Any]:
     """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
 
@@ -52,6 +53,7 @@ def pack(
             (:func:`inputs.views.fingerprint`).
         history: what was changed on the way.
         unwritten: lines that log.txt could not take yet.
+        standing: the best evaluation of the stage (:class:`training.early_stop.EarlyStop`).
     """
     model = unwrap(training.model)
     return {
@@ -73,6 +75,7 @@ def pack(
         "trained": trained(training.plan, training.step),
         "changes": history.changes,
         "unwritten": unwritten,
+        "standing": standing,
     }
 
 
@@ -164,7 +167,7 @@ def adopt(
         UsageError: nothing is left of the new plan.
         ValueError: a checkpoint of an earlier version, which does not say how far its plan was.
     """
-    state = {"changes": [], "unwritten": "", "logged": None, "progress": None, **state}
+    state = {"changes": [], "unwritten": "", "logged": None, "progress": None, "standing": {}, **state}
     if not found:
         return state
     replanned = any(difference.replans for difference in found)
@@ -196,9 +199,9 @@ def adopt(
                 f"resuming at {100 * plan.progress(step):.1f} % of the new plan, step {step} of {plan.total_steps}",
                 flush=True,
             )
-        # The pass in progress is another one now: its loss starts anew, and its time counts on.
-        meters = {**state["meters"], "loss": [0.0, 0.0]}
-        state.update(step=step, epoch=plan.locate(step)[0].index, meters=meters)
+        # The pass in progress is another one now: its means start anew, and its time counts on.
+        meters = {**state["meters"], "loss": [0.0, 0.0], "gradient": [0.0, 0.0]}
+        state.update(step=step, epoch=plan.locate(step)[0].index, meters=meters, standing={})
     return {**state, "changes": [*state["changes"], change]}
 
 

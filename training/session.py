@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, plain
 from curriculum import Pass, Plan, set_input_size
 from datasets import Source, kill_workers
 from engine import Training
 from inputs.bad_files import FILE_NAME, BadFiles
 from inputs.views import fingerprint
+from training.advice import first_was_best
 from training.build import evaluated_passes, make_batches
-from training.logs import Progress, RunLog, duration_text, progress_line
+from training.curves import WandB
+from training.early_stop import EarlyStop, leave_note
+from training.logs import Progress, RunLog, measure, progress_line, read_log
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import History, Saver, pack
 from training.stopping import Agreement, leave_stop_note
 from training.watchdog import Watchdog
-from utils import STOPPED, Topology, from_main, release_memory, unwrap, wrap
+from utils import STOPPED, Topology, duration_text, from_main, release_memory, unwrap, wrap
 
 
 @dataclass
@@ -61,6 +64,8 @@ class Session:
         if self.state is not None:
             self.first, self.best, spent = self.state["epoch"], self.state["best"], self.state["meters"]["seconds"]
             self.unwritten = self.state["unwritten"]
+        standing = self.state["standing"] if self.state else {}
+        self.early_stop, self.ended_early = EarlyStop(config, plan, self.training.task, standing), None
         self.best = self.best or ({self.training.task.score: -1.0} if self.training.task.score else {})
         self.history = History(self.state["changes"] if self.state else [])
         self.state = None  # a checkpoint is as large as the model with its moments
@@ -79,7 +84,9 @@ class Session:
     def __enter__(self) -> Session:
         training, topology = self.training, self.topology
         logged = self.history.logged(self.plan, self.first)
-        self.log = RunLog(self.output if topology.is_main else None, training.step, logged, self.unwritten)
+        folder = self.output if topology.is_main else None
+        more = [WandB(self.config.wandb, folder, plain(self.config))] if folder and self.config.wandb else []
+        self.log = RunLog(folder, training.step, logged, self.unwritten, more)
         self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
         self.watchdog.__enter__()
         return self
@@ -113,6 +120,12 @@ class Session:
             set_input_size(model, record.input_size, training.optimizer, training.ema)
             release_memory(topology.device)
             training.model = wrap(model, topology, self.config.compile)
+        if self.config.compile and (self.current is None or record.input_size != self.current.input_size):
+            self.progress.compiling = True
+            if topology.is_main:
+                took = self.progress.compile_seconds
+                last = f"; the last one took {duration_text(took)}" if took else ""
+                print(f"compiling the model for input size {record.input_size}, in its first step{last}", flush=True)
         if topology.is_main and (self.current is None or record.stage != self.current.stage):
             training.watch = self._save_samples
         self.current = record
@@ -121,7 +134,9 @@ class Session:
     def after_step(self, lr: float, images: int) -> bool:
         """Progress line, checkpoint, and the agreement to stop. True stops the pass."""
         step, record, plan = self.training.step, self.current, self.plan
-        self.progress.step()
+        if self.progress.step() and self.topology.is_main:
+            took = duration_text(self.progress.compile_seconds)
+            print(f"compiled for input size {record.input_size} in {took}", flush=True)
         if plan.due(self.config.log_interval, step):
             loss = self.training.loss.mean()
             speed = self.progress.interval(record)
@@ -129,8 +144,10 @@ class Session:
                 left = sum(index >= record.index for index in self.evaluated)
                 eta = self.progress.eta(step, record, left)
                 print(progress_line(plan, record, step, loss, lr, speed, eta, self.topology.device), flush=True)
-                scalars = {"loss": loss, "lr": lr, "input_size": record.input_size, "images_per_s": speed}
-                self.log.interval(step, scalars)
+                numbers = {"loss": loss, "lr": lr, "input_size": record.input_size, "images_per_s": speed}
+                norm, _ = self.training.loss.gradient_norm()
+                more = {} if norm is None else {"grad_norm": norm}
+                self.log.interval(step, {**numbers, **more, **measure(self.training)})
         if self.stops():
             return True
         last = step == record.first_step + record.steps  # then it is saved after the evaluation
@@ -158,7 +175,7 @@ class Session:
     def record(self, record: Pass) -> dict[str, Any]:
         """The log's record of a pass that was trained to its end."""
         plan, end = self.plan, record.first_step + record.steps
-        loss = self.training.loss.mean()
+        loss, (_, norm) = self.training.loss.mean(), self.training.loss.gradient_norm()
         seconds = max(time.perf_counter() - self.pass_started, 1e-9)
         images = (end - self.history.first_step(record)) * record.batch_size
         return {
@@ -172,6 +189,8 @@ class Session:
             "magnitude": record.magnitude,
             "lr": plan.lr_at(end - 1),
             "train_loss": loss,
+            **({} if norm is None else {"grad_norm": norm}),
+            **measure(self.training),
             "images": images,
             "images_per_s": round(images / seconds, 1),
             "seconds": round(seconds, 2),
@@ -182,6 +201,11 @@ class Session:
         self.log.epoch(line)
         self.training.loss.reset()
         self.pass_started = time.perf_counter()
+
+    def ends_early(self, record: Pass, line: dict[str, Any]) -> bool:
+        """Whether the run ends after this pass, whose log record is ``line``, as --patience or --stop_if says."""
+        self.ended_early = self.early_stop.judge(record, line)
+        return self.ended_early is not None
 
     def save_is_due(self, step: int) -> bool:
         return self.save_agreed or self.saver.due(step)
@@ -210,6 +234,7 @@ class Session:
                 self.images,
                 self.history,
                 self.log.waiting,
+                self.early_stop.standing,
             ),
             (training.step, unfinished),
             better,
@@ -240,6 +265,13 @@ class Session:
     def stopped(self) -> int:
         """Says why the run ended before its plan. Returns the exit code."""
         step = self.training.step
+        if self.ended_early is not None:
+            if self.topology.is_main:
+                leave_note(self.config, step, self.ended_early)
+                where = f"step {step} of {self.plan.total_steps}"
+                print(f"ended early, after {where}, and saved: {self.ended_early}: {self.output}", flush=True)
+            self.report()
+            return 0
         if step >= self.end:
             if self.topology.is_main:
                 print(f"ended after step {step}, as --stop_after says: {self.output}", flush=True)
@@ -260,6 +292,15 @@ class Session:
             best = "" if value < 0 else f", best {name} {value:.2f} %"
             bad = len(BadFiles(folder=self.output).recorded())
             replaced = f", {bad} unreadable training images replaced ({FILE_NAME})" if bad else ""
+            if value >= 0 and (line := self._first_was_best()):
+                print(f"warning: {line}", flush=True)
             took = duration_text(time.perf_counter() - self.started)
             print(f"done in {took}{best}{replaced}: {self.output}", flush=True)
         return 0
+
+    def _first_was_best(self) -> str | None:
+        """What the log shows of it, if it can be read."""
+        key, size = f"test_{self.training.task.score}", self.best.get("eval_size", 0)
+        with suppress(OSError, ValueError):
+            return first_was_best(read_log(self.output / "log.txt"), key, size)
+        return None
