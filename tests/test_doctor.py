@@ -77,7 +77,9 @@ def test_the_whole_run_is_the_sum_of_its_stages_and_evaluations():
     expected = sum(s.steps * 10 / {32: 400, 48: 200, 64: 100}[s.input_size] for s in plan.stages)
     found = doctor.predict(rows, CurriculumSampler(plan), config, 300, Topology(0, 1, torch.device("cuda", 0)), 16)
     assert found == pytest.approx(expected + 2 * 300 / 300, rel=1e-6)  # both weights, at three times the speed
-    found = doctor.predict(rows, CurriculumSampler(plan, world_size=2), config, 300, Topology(0, 2, torch.device("cuda", 0)), 16)
+    found = doctor.predict(
+        rows, CurriculumSampler(plan, world_size=2), config, 300, Topology(0, 2, torch.device("cuda", 0)), 16
+    )
     assert found == pytest.approx((expected + 2) / 2, rel=1e-6)
 
 
