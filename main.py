@@ -69,7 +69,6 @@ from utils import (
     most_processes,
     prepare_streams,
     printing_never_fails,
-    world_size,
     wrap,
     write_text,
 )
@@ -273,10 +272,10 @@ def report(error: Exception) -> int:
     message = explain(error)
     if message is not None or isinstance(error, ValueError | OSError | NonFinite):
         return die(message or error)
-    if world_size() == 1:
+    if "RANK" not in os.environ:
         raise error
     traceback.print_exception(error)  # here, for several processes end without Python's exit
-    return 1
+    return die(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,9 @@ from utils import LOST, STOPPED
 
 def main(argv: list[str]) -> int:
     options = parse_args(argv)
-    if ":" in options.nnodes:
-        be_elastic(parse_min_max_nnodes(options.nnodes)[1])
+    most = parse_min_max_nnodes(options.nnodes)[1]
+    if ":" in options.nnodes and most > 1:  # 1:1 is torchrun's default
+        be_elastic(most)
     try:
         torchrun(argv)
     except (ChildFailedError, Leaves) as error:

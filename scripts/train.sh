@@ -70,6 +70,7 @@ least="${nnodes%%:*}" most="${nnodes#*:}"
 [ -n "$recipe" ] || usage "name a recipe, such as recipes/demo.yaml"
 number --nnodes "$least" 1
 number --nnodes "$most" "$least"
+[ "$nnodes" = "$most" ] || number "the most of --nnodes" "$most" 2
 [ -z "$nproc" ] || number --nproc "$nproc" 1
 if [ "$nnodes" != 1 ]; then
     if [ "$nnodes" != "$most" ]; then

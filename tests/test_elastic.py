@@ -65,7 +65,7 @@ class Machines:
 
     def at(self, step, processes):
         """Waits until so many processes stand at the gate of ``step``; their pids by rank."""
-        return {rank: int(self.wait_for(lambda: (self.folder / f"at-{step}-{rank}").read_text())) for rank in processes}
+        return {rank: int(self.wait_for((self.folder / f"at-{step}-{rank}").read_text)) for rank in processes}
 
     def wait_for(self, look, timeout=240):
         end = time.monotonic() + timeout

@@ -231,6 +231,7 @@ def test_flags_and_paths_arrive_as_they_were_written(checkout):
         (["a.yaml", "--nnodes", "1:4"], "--nnodes 1:4 needs --master HOST:PORT"),
         (["a.yaml", "--nnodes", "4:2", "--master", "a:1"], "--nnodes must be at least 4, got 2"),
         (["a.yaml", "--nnodes", "0:2", "--master", "a:1"], "--nnodes must be at least 1, got 0"),
+        (["a.yaml", "--nnodes", "1:1", "--master", "a:1"], "the most of --nnodes must be at least 2, got 1"),
         (["a.yaml", "--nnodes", "1:", "--master", "a:1"], "--nnodes must be a whole number, got ''"),
         (["a.yaml", "--nnodes", "1:2:3", "--master", "a:1"], "--nnodes must be a whole number, got '2:3'"),
         (["a.yaml", "--nnodes", "1:4", "--node_rank", "0", "--master", "a:1"], "--node_rank has no use"),

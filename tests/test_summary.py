@@ -72,10 +72,10 @@ def test_command_line_json_and_speeds(tmp_path, capsys, monkeypatch):
     assert summary["total"]["device_hours"] == pytest.approx(16 * summary["total"]["seconds"] / 3600)
     assert main.main([*arguments, "--plan", "table", "--speeds", RECIPE]) == 2
     assert 'must be a file like {"images_per_s"' in capsys.readouterr().err
-    assert main.main([*arguments[:4], "--devices", "24", "--plan", "table"]) == 0
-    assert "32 groups over 24 devices: 8 x 2 + 16 x 1, 33 % of the time idle" in capsys.readouterr().out
-    assert main.main([*arguments[:4], "--devices", "24", "--micro_batch", "1024", "--plan", "table"]) == 2
-    assert "24 processes" in capsys.readouterr().err
+    assert main.main([*arguments[:4], "--devices", "24", "--plan", "table"]) == 2
+    assert "8 groups of --batch_size 4096, fewer than 24 processes; 64 would serve" in capsys.readouterr().err
+    assert main.main([*arguments[:4], "--devices", "24", "--micro_batch", "64", "--plan", "table"]) == 0
+    assert "64 groups over 24 devices: 16 x 3 + 8 x 2, 11 % of the time idle" in capsys.readouterr().out
     assert main.main([*arguments[:4], "--micro_batch", "auto", "--plan", "table"]) == 0
     assert "forward passes" not in capsys.readouterr().out  # they are found when training starts
     monkeypatch.setenv("RANK", "1")  # under torchrun, one process speaks
