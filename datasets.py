@@ -180,7 +180,7 @@ def training_batches(
         buffer = ReplayBuffer(replay_memory, pin=device.type == "cuda")
         if sampler.start_step < plan.total_steps and (epoch := plan.locate(sampler.start_step)[0]).replay > 1:
             side = plan.loaded_size(epoch.input_size)
-            fresh = epoch.batch_size // epoch.replay // sampler.world_size
+            fresh = sampler.shares(epoch)[sampler.rank] * sampler.micro_batch // epoch.replay
             capacity = replay_capacity(replay_memory, side)
             reading.start_step = refill_from(plan, sampler.start_step, capacity, fresh)
     batch_bytes = max(

@@ -144,7 +144,7 @@ def train_epoch(training: Training, epoch: Pass, batches: Iterator, after_step: 
     t = training
     t.model.train()
     passes = t.sampler.forward_passes(epoch)
-    share = epoch.batch_size // t.sampler.world_size
+    share = epoch.batch_size / t.sampler.world_size  # gradients are averaged over the processes, whatever each has done
     for step in range(t.step, epoch.first_step + epoch.steps):
         lr = t.plan.lr_at(step)
         set_hyperparameters(t.optimizer, lr, t.plan.weight_decay_at(step))

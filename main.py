@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import sys
 
@@ -32,7 +31,7 @@ from commands.suggest import write_suggestion
 from config import Config, UsageError, as_usage, to_yaml
 from config.checks import DENSE_TASKS, check_settings
 from curriculum import Plan, table
-from curriculum.sampler import derive_seed
+from curriculum.sampler import derive_seed, group_sizes
 from dense.weights import load_dense
 from engine import train_epoch
 from models import checkpoints, freeze_body, load_weights
@@ -45,6 +44,7 @@ from training.build import (
     make_plan,
     make_sampler,
     make_training,
+    mixes,
     number_of_classes,
     open_sources,
     place,
@@ -69,9 +69,9 @@ from utils import (
     end_now,
     explain,
     init_topology,
+    most_processes,
     prepare_streams,
     printing_never_fails,
-    world_size,
     wrap,
     write_text,
 )
@@ -157,7 +157,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter, warnings: Seq
         with as_usage():
             check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
-    model = synchronise(build(size_of_weights(plan, state)), topology)
+    model = synchronise(build(size_of_weights(plan, state)), topology, sampler)
     if config.finetune and state is None:
         config = finetune(config, model, sources[0].classes, topology)
     elif state is not None:
@@ -199,20 +199,21 @@ def settle_micro_batch(
 ) -> dict[str, Any]:
     """``--micro_batch`` in numbers: for auto or none given, those of the run that is resumed; else what auto finds.
 
-    They belong to the run: other groups would mix other images. Only where a run's groups do not share out over more
-    processes than it began on, and none are asked for, they are divided.
+    They belong to the run: other groups would mix other images. Only where it has fewer groups than processes, as it
+    began on fewer, and none are asked for, they are divided.
     """
+    processes = most_processes(topology)
     if state is not None:
         groups, most = state["config"].get("micro_batch"), state["config"].get("forward_batch")
         settled = {"forward_batch": config.forward_batch or (most and {int(size): n for size, n in most.items()})}
         if config.micro_batch in (None, "auto") and isinstance(groups, int):
-            share = plan.batch_size // topology.world_size
-            fits = plan.batch_size % topology.world_size or share % groups == 0  # if not even the batch, others say so
-            settled["micro_batch"] = groups if fits else math.gcd(groups, share)
-            if not fits and topology.is_main:
+            fits = plan.batch_size // groups >= topology.world_size
+            parts = [] if fits else group_sizes(plan.batch_size, processes, 2 if mixes(config) else 1, groups)
+            settled["micro_batch"] = next(iter(parts), groups)  # if there are no such parts, others say so
+            if parts and topology.is_main:
                 print(
-                    f"--micro_batch is {settled['micro_batch']} from here on: groups of {groups} do not share out over "
-                    f"{topology.world_size} processes; mixing happens within these",
+                    f"--micro_batch is {parts[0]} from here on: groups of {groups} are fewer than {processes} "
+                    "processes; mixing happens within these",
                     flush=True,
                 )
         if config.micro_batch not in (None, "auto") or "micro_batch" in settled:
@@ -220,7 +221,7 @@ def settle_micro_batch(
     if config.micro_batch not in (None, "auto"):
         return {}
     if config.micro_batch is None:
-        return {"micro_batch": make_sampler(config, plan, topology.world_size).micro_batch}
+        return {"micro_batch": make_sampler(config, plan, processes).micro_batch}
     micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
     if topology.is_main:
         print(f"--micro_batch auto: groups of {micro_batch}; most images at once by input size: {forward_batch}")
@@ -286,10 +287,10 @@ def report(error: Exception) -> int:
     message = explain(error)
     if message is not None or isinstance(error, ValueError | OSError | NonFinite):
         return die(message or error)
-    if world_size() == 1:
+    if "RANK" not in os.environ:
         raise error
     traceback.print_exception(error)  # here, for several processes end without Python's exit
-    return 1
+    return die(f"{type(error).__name__}: {error}")
 
 
 if __name__ == "__main__":

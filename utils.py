@@ -30,6 +30,10 @@ STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGXCPU")  # each sav
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
 
 
+# What a process says that waited for another one in vain.
+LOST = ("lost another process of this run", "the processes cannot connect")
+
+
 class Unreachable(RuntimeError):
     """Data over the network that do not come, after all tries. Its text is one line, without credentials."""
 
@@ -109,6 +113,16 @@ def _torchrun_store(rank: int, world_size: int, timeout: timedelta) -> dict[str,
     store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return {"store": dist.PrefixStore(f"attempt-{attempt}", store), "rank": rank, "world_size": world_size}
+
+
+def most_nodes() -> int:
+    """The most machines that an elastic run may have, whose number changes as it goes; 0 for any other run."""
+    return int(os.environ.get("ELASTIC_NODES", 0))  # by scripts/launch.py
+
+
+def most_processes(topology: Topology) -> int:
+    """The most processes that this run may come to have: the groups of a run are made for them from its start."""
+    return max(topology.world_size, most_nodes() * int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def close_topology() -> None:
@@ -295,14 +309,14 @@ def explain(error: Exception) -> str | None:
         return f"two processes share a GPU: start one process for each GPU ({text[:200]})"
     if re.search(r"connectFullMesh|nable to (resolve|find)|gloo.*(timed out|refused).*connect", text):
         return (
-            "the processes cannot connect: if none of them died, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
+            f"{LOST[1]}: if none of them died, set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME to the "
             f"network interface between the machines, as `ip link` names it ({text[:200]})"
         )
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError) if dist.is_available() else ()
     if isinstance(error, kinds) or (
         isinstance(error, RuntimeError) and re.search(r"gloo|Connection (closed|reset) by peer|Timed out waiting", text)
     ):
-        return f"lost another process of this run: see what it said, or what ended it ({text[:200]})"
+        return f"{LOST[0]}: see what it said, or what ended it ({text[:200]})"
     return None
 
 

@@ -14,11 +14,12 @@ from torch import nn
 
 from config import Config, UsageError
 from curriculum import CurriculumSampler, Plan, RandAugment
+from curriculum.sampler import group_sizes
 from engine import finished, forward_loss
 from inputs.device import encode
 from inputs.transfer import to_device
-from training.build import blank_targets, make_augment, make_training, place
-from utils import Topology, all_min
+from training.build import blank_targets, make_augment, make_training, mixes, place
+from utils import Topology, all_min, most_processes
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
 HOST_SHARE = 0.5  # of the free main memory, which loader workers and the page cache want too
@@ -42,13 +43,12 @@ def find(
         fits = Trial(config, plan, build, topology).fits
     else:
         fits = Reckoning(build, topology).fits
-    return search(plan, topology.world_size, config.mixup > 0 or config.cutmix > 0, fits)
+    return search(plan, most_processes(topology), mixes(config), fits)
 
 
 def search(plan: Plan, world_size: int, even: bool, fits: Callable[[int, int], bool]) -> tuple[int, dict[int, int]]:
     """The search itself; ``fits(input_size, images)`` says whether a device holds a forward pass of so many."""
-    share = plan.batch_size // world_size
-    groups = [n for n in range(share, 0, -1) if share % n == 0 and not (even and n % 2)]
+    groups = group_sizes(plan.batch_size, world_size, 2 if even else 1)
     micro_batch = next((n for n in groups if fits(plan.base_size, n)), None)
     if micro_batch is None:
         raise UsageError(
@@ -59,7 +59,7 @@ def search(plan: Plan, world_size: int, even: bool, fits: Callable[[int, int], b
     for stage in plan.stages:
         if stage.input_size == plan.base_size:
             continue
-        count = stage.batch_size // world_size // micro_batch  # groups that a device has to take
+        count = -(-stage.batch_size // micro_batch // world_size)  # groups that a device has to take
         # As few passes as possible, each as even as can be.
         sizes = sorted({-(-count // passes) for passes in range(1, count + 1)}, reverse=True)
         most = next((n for n in sizes if n == 1 or fits(stage.input_size, n * micro_batch)), 1)

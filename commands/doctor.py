@@ -80,7 +80,7 @@ def examine(
         passes = sampler.forward_passes(record)
         images = max(map(len, passes)) * sampler.micro_batch
         forward, update = step_seconds(config, plan, build(size), images, sampler.micro_batch, topology)
-        share = record.batch_size / topology.world_size
+        share = max(sampler.shares(record)) * sampler.micro_batch
         row = {
             "input_size": size,
             "replay": stage.replay,
@@ -95,7 +95,7 @@ def examine(
         print(line)
     for shards in remote_parts(source):
         print(describe_cache(shards, network_speed(shards, len(source))))
-    seconds = predict(rows, plan, config, scored, topology, cores)
+    seconds = predict(rows, sampler, config, scored, topology, cores)
     hours = seconds * topology.world_size / 3600
     kind = "process" if device.type == "cpu" else "GPU"
     print(f"the whole run: {duration_text(seconds)}, {hours:,.2f} {kind}-hours, evaluations included")
@@ -108,15 +108,15 @@ def examine(
 
 
 def predict(
-    rows: list[dict[str, Any]], plan: Plan, config: Config, scored: int, topology: Topology, cores: int
+    rows: list[dict[str, Any]], sampler: CurriculumSampler, config: Config, scored: int, topology: Topology, cores: int
 ) -> float:
     """Seconds of the whole run: of each stage what takes longest, and the evaluations."""
     by_size = {row["input_size"]: row for row in rows}
-    on_cpu = topology.device.type == "cpu"
+    plan, on_cpu = sampler.plan, topology.device.type == "cpu"
     total = 0.0
     for stage in plan.stages:
         row = by_size[stage.input_size]
-        images = stage.steps * stage.batch_size / topology.world_size
+        images = stage.steps * max(sampler.shares(stage)) * sampler.micro_batch
         total += busiest(images / row["step"], images / stage.replay / row["as set"], config.num_workers, cores, on_cpu)
     for index in evaluated_passes(plan, config.eval_interval):
         size = plan.base_size if plan.records[index].stage == len(plan.stages) - 1 else plan.records[index].input_size

@@ -234,7 +234,7 @@ class OptimConfig:
     """Images per optimizer step, over all devices; the result depends on it, so it is the recipe's."""
     micro_batch: Learned[int | Literal["auto"] | None] = None
     """Images per group: what one device takes at the base size. Erasing and mixing happen within a group.
-    Default: a device's whole share. auto: as many as fit."""
+    Default: a device's whole share, if the batch divides, else the largest that nearly does. auto: as many as fit."""
     forward_batch: Learned[dict[int, int] | None] = None
     """Most images of one forward pass, by input size; default: as many groups as cost what one costs at the base size.
     --micro_batch auto finds them and notes them in config.yaml."""

@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-from curriculum.plan import Pass, Plan
+from curriculum.plan import Plan
+from curriculum.records import Pass, Stage
 
 _MASK = (1 << 64) - 1
 # Streams of derived seeds: shuffling, images, erasing and mixing, drop path, the replay buffer's choice.
 ORDER, SAMPLE, GROUP, FORWARD, REPLAY = range(5)
+MOST_IDLE = 1 / 8  # of the processes' time, where groups of another size waste less
 
 
 def derive_seed(*values: int) -> int:
@@ -31,9 +33,10 @@ class CurriculumSampler(Sampler):
     """Batches of the whole rest of a run, one per forward pass of one process.
 
     An optimizer step is a fixed list of groups, each a slice of the epoch's one permutation, ``micro_batch`` images
-    long. Processes take equal shares of the list, in order. At a size B below the base one forward pass takes several
-    groups, up to (base / B)^2, since they cost what one costs at full size. So which images meet in a group, and what
-    becomes of each, depends neither on the number of processes nor on that of workers.
+    long. Processes take shares of the list in order, the first ones a group more where it does not divide. At a size B
+    below the base one forward pass takes several groups, up to (base / B)^2, since they cost what one costs at full
+    size. So which images meet in a group, and what becomes of each, depends neither on the number of processes nor on
+    that of workers.
 
     In a stage with replay, only the first 1 / replay of each group is loaded: the replay buffer fills it up.
 
@@ -43,7 +46,8 @@ class CurriculumSampler(Sampler):
     Args:
         plan: from :func:`curriculum.build_plan`.
         seed: the run's seed.
-        micro_batch: images per group; None gives each process one group per step at the base batch.
+        micro_batch: images per group; None: the first of :func:`group_sizes`, which is one group per process and step
+            at the base batch if that divides.
         forward_batch: most images of one forward pass, by input size; default: as many groups as cost what one costs at
             the base size.
         rank, world_size: this process and the number of processes.
@@ -51,7 +55,7 @@ class CurriculumSampler(Sampler):
         even_groups: whether groups must be even, since mixup and cutmix pair their images.
 
     Raises:
-        ValueError: batch, groups and processes that do not divide; names the nearest sizes that do.
+        ValueError: groups that do not divide the batch, or fewer of them than processes; names sizes that serve.
 
     >>> from curriculum import build_plan
     >>> plan = build_plan("efficienttrain++", epochs=2, num_images=800, batch_size=8, base_size=64)
@@ -85,14 +89,19 @@ class CurriculumSampler(Sampler):
 
     def forward_passes(self, epoch: Pass) -> list[range]:
         """This process's groups of any optimizer step of ``epoch``, split into forward passes as even as can be."""
-        share = epoch.batch_size // self.micro_batch // self.world_size
+        before, share = sum(self.shares(epoch)[: self.rank]), self.shares(epoch)[self.rank]
         most = int((self.plan.base_size / epoch.input_size) ** 2 + 1e-9)
         if epoch.input_size in self.forward_batch:
             most = self.forward_batch[epoch.input_size] // self.micro_batch
         most = max(1, most)
         count = -(-share // most)
-        ends = [self.rank * share + share * i // count for i in range(count + 1)]
+        ends = [before + share * i // count for i in range(count + 1)]
         return [range(a, b) for a, b in pairwise(ends)]
+
+    def shares(self, epoch: Pass | Stage) -> list[int]:
+        """Groups of an optimizer step that each process takes."""
+        each, more = divmod(epoch.batch_size // self.micro_batch, self.world_size)
+        return [each + (rank < more) for rank in range(self.world_size)]
 
     def __len__(self) -> int:
         """Batches (forward passes of this process) that are left."""
@@ -122,29 +131,53 @@ class CurriculumSampler(Sampler):
         return torch.randperm(self.plan.num_images, generator=generator).numpy()
 
 
+def group_sizes(batch: int, world_size: int, multiple: int = 1, whole: int | None = None) -> list[int]:
+    """Images per group with which a batch makes a group or more for each process, the best first.
+
+    That is the largest that leaves no more than ``MOST_IDLE`` of the processes' time idle, or else the least idle.
+
+    Args:
+        multiple: of which groups must be, 2 where images are mixed in pairs. whole: which groups divide; by default the
+            batch. A run's groups, to go on with parts of them.
+
+    >>> group_sizes(64, 4)[0], group_sizes(64, 3)[:2]
+    (16, [8, 4])
+    """
+    sizes = [n for n in range(batch // world_size, 0, -1) if (whole or batch) % n == batch % n == n % multiple == 0]
+    idle = {n: idle_share(batch // n, world_size) for n in sizes}
+    return [n for n in sizes if idle[n] <= MOST_IDLE] or sorted(sizes, key=idle.get)
+
+
+def idle_share(groups: int, world_size: int) -> float:
+    """The share of the processes' time that they wait for those of them that take a group more."""
+    return 1 - groups / (-(-groups // world_size) * world_size)
+
+
 def _check_groups(batch: int, micro_batch: int | None, world_size: int, multiple: int) -> int:
-    """Images per group, of which a batch is a whole number for each process."""
-    if batch % (world_size * multiple):
-        near = _nearest(batch, lambda n: n % (world_size * multiple) == 0)
-        pairs = " in pairs (images are mixed)" * (multiple == 2)
+    """Images per group, of which a batch is a whole number, one or more for each process."""
+    if batch % multiple:
+        near = _nearest(batch, lambda n: n % multiple == 0)
+        raise ValueError(f"`batch_size` {batch} is odd, but images are mixed in pairs; nearest that do: {near}")
+    if batch < world_size * multiple:
         raise ValueError(
-            f"`batch_size` {batch} does not share out over {_processes(world_size)}{pairs}; nearest that do: {near}"
+            f"`batch_size` {batch} makes no group of {multiple} for each of {_processes(world_size)}: raise it to "
+            f"{world_size * multiple} or more, or start fewer"
         )
-    micro = batch // world_size if micro_batch is None else micro_batch
+    micro = group_sizes(batch, world_size, multiple)[0] if micro_batch is None else micro_batch
     if micro < 1:
         raise ValueError(f"`micro_batch` is {micro}; it must be a positive number")
-    if batch % (micro * world_size) or micro % multiple:
-        near = _nearest(
-            micro, lambda n: batch % (n * world_size) == 0 and n % multiple == 0, highest=batch // world_size
-        )
-        if micro % multiple:
-            raise ValueError(
-                f"`micro_batch` {micro} is odd, but mixup and cutmix pair the images of a group; nearest that do: "
-                f"{near} (or switch both off)"
-            )
+    near = _nearest(micro, lambda n: batch % n == n % multiple == 0, highest=batch // world_size)
+    if micro % multiple:
         raise ValueError(
-            f"`micro_batch` {micro} does not divide `batch_size` {batch} into equal shares for "
-            f"{_processes(world_size)}; nearest that do: {near}"
+            f"`micro_batch` {micro} is odd, but mixup and cutmix pair the images of a group; nearest that do: "
+            f"{near} (or switch both off)"
+        )
+    if batch % micro:
+        raise ValueError(f"`micro_batch` {micro} does not divide `batch_size` {batch}; nearest that do: {near}")
+    if batch // micro < world_size:
+        raise ValueError(
+            f"`micro_batch` {micro} makes {batch // micro} group{'s' * (batch > micro)} of `batch_size` {batch}, fewer "
+            f"than {_processes(world_size)}; {group_sizes(batch, world_size, multiple)[0]} would serve"
         )
     return micro
 
@@ -154,6 +187,6 @@ def _processes(world_size: int) -> str:
 
 
 def _nearest(value: int, fits, highest: int | None = None) -> str:
-    below = next((n for n in range(value, 0, -1) if fits(n)), None)
+    below = next((n for n in range(min(value, highest or value), 0, -1) if fits(n)), None)
     above = next((n for n in range(value + 1, (highest or 2 * value) + 1) if fits(n)), None)
     return " and ".join(str(n) for n in (below, above) if n)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from curriculum.plan import Pass, Plan
-from curriculum.sampler import CurriculumSampler
+from curriculum.sampler import CurriculumSampler, idle_share
 
 
 def summarize(
@@ -28,7 +28,8 @@ def summarize(
     Returns:
         What plan.json holds. Of a stage: ``cost``, an image's relative to a full-size one (by FLOPs where they are
         given, else by pixels); ``compute``, the stage's share of the run's; ``loader``, the images per second it asks
-        for relative to full-size training. Values that need what was not given are None.
+        for relative to full-size training; ``groups`` of an optimizer step, of each device, and ``idle``, the share of
+        the devices' time that they wait for those with a group more. Values that need what was not given are None.
 
     Raises:
         ValueError: no measured speed for one of the sizes.
@@ -92,15 +93,18 @@ def summarize(
     }
 
 
-def _sharing(epoch: Pass, sampler: CurriculumSampler | None) -> dict[str, int | None]:
-    """How a device takes its share of an optimizer step: images, forward passes, images of the largest of them."""
+def _sharing(epoch: Pass, sampler: CurriculumSampler | None) -> dict[str, Any]:
+    """How the device with most to do takes its share of an optimizer step: images, forward passes, images of the
+    largest of them; and the groups of every device, with the share of the devices' time that they wait for that one."""
     if sampler is None:
-        return {"images_per_device": None, "forward_passes": None, "forward_batch": None}
-    passes = sampler.forward_passes(epoch)
+        return dict.fromkeys(("images_per_device", "forward_passes", "forward_batch", "groups", "idle"))
+    passes, shares = sampler.forward_passes(epoch), sampler.shares(epoch)
     return {
-        "images_per_device": epoch.batch_size // sampler.world_size,
+        "images_per_device": shares[0] * sampler.micro_batch,
         "forward_passes": len(passes),
         "forward_batch": max(len(groups) for groups in passes) * sampler.micro_batch,
+        "groups": shares,
+        "idle": idle_share(sum(shares), sampler.world_size),
     }
 
 
@@ -112,7 +116,8 @@ def _time(stage, sampler: CurriculumSampler | None, images_per_s: dict[int, floa
         raise ValueError(
             f"`images_per_s` has no speed for input size {stage.input_size}: {sorted(images_per_s)} were measured"
         )
-    speed = images_per_s[stage.input_size] * sampler.world_size
+    working = 1 - idle_share(stage.batch_size // sampler.micro_batch, sampler.world_size)
+    speed = images_per_s[stage.input_size] * sampler.world_size * working
     return {"seconds": stage.steps * stage.batch_size / speed, "images_per_s": speed / stage.replay}
 
 
@@ -195,4 +200,13 @@ def _costs(summary: dict[str, Any]) -> list[str]:
             else "; loader demand: images per second, relative to full-size training on the same devices"
         )
     )
-    return lines
+    uneven = {tuple(stage["groups"]): stage["idle"] for stage in summary["stages"] if stage["idle"]}
+    return lines + [f"{_shares(groups)}, {100 * idle:.2g} % of the time idle" for groups, idle in uneven.items()]
+
+
+def _shares(groups: tuple[int, ...]) -> str:
+    """8 groups over 3 devices: 3+3+2. Of many devices, how many take how many."""
+    shown = "+".join(map(str, groups))
+    if len(groups) > 8:
+        shown = " + ".join(f"{groups.count(each)} x {each}" for each in dict.fromkeys(groups))
+    return f"{sum(groups)} groups over {len(groups)} devices: {shown}"

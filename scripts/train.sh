@@ -2,12 +2,14 @@
 # Train by a recipe on all devices of this machine, or as one of several machines, through torchrun.
 #
 #   scripts/train.sh RECIPE [--nproc N] [--nnodes N --node_rank R --master HOST:PORT] [main.py's flags]
+#   scripts/train.sh RECIPE [--nproc N] --nnodes MIN:MAX --master HOST:PORT [main.py's flags]
 #
 #   RECIPE            a YAML file, as seen from here or from the repository's root
 #   --nproc N         processes on this machine; by default one per CUDA device, or one
 #   --nnodes N        number of machines; run this script on each of them, with the same master and flags
 #   --node_rank R     which of them this one is, 0 to N - 1
 #   --master HOST:PORT  an address of machine 0, and a port that is free there
+#   --nnodes MIN:MAX  elastic: machines may leave and join while the run goes on; the one of --master has to stay
 #
 # Examples:
 #   scripts/train.sh recipes/demo.yaml --data_path data/demo --output_dir output/demo
@@ -64,13 +66,20 @@ number() {
     [ "$2" -ge "$3" ] || usage "$1 must be at least $3, got $2"
 }
 
+least="${nnodes%%:*}" most="${nnodes#*:}"
 [ -n "$recipe" ] || usage "name a recipe, such as recipes/demo.yaml"
-number --nnodes "$nnodes" 1
+number --nnodes "$least" 1
+number --nnodes "$most" "$least"
+[ "$nnodes" = "$most" ] || number "the most of --nnodes" "$most" 2
 [ -z "$nproc" ] || number --nproc "$nproc" 1
-if [ "$nnodes" -gt 1 ]; then
-    [ -n "$node_rank" ] || usage "--nnodes $nnodes needs --node_rank (0 to $((nnodes - 1)))"
-    number --node_rank "$node_rank" 0
-    [ "$node_rank" -lt "$nnodes" ] || usage "--node_rank must be 0 to $((nnodes - 1)) with --nnodes $nnodes, got $node_rank"
+if [ "$nnodes" != 1 ]; then
+    if [ "$nnodes" != "$most" ]; then
+        [ -z "$node_rank" ] || usage "--node_rank has no use with --nnodes $nnodes: machines that come and go have no number"
+    else
+        [ -n "$node_rank" ] || usage "--nnodes $nnodes needs --node_rank (0 to $((nnodes - 1)))"
+        number --node_rank "$node_rank" 0
+        [ "$node_rank" -lt "$nnodes" ] || usage "--node_rank must be 0 to $((nnodes - 1)) with --nnodes $nnodes, got $node_rank"
+    fi
     case "$master" in
     ?*:[0-9]*) number "the port of --master" "${master##*:}" 1 ;;
     *) usage "--nnodes $nnodes needs --master HOST:PORT of machine 0, got '$master'" ;;
@@ -88,7 +97,10 @@ fi
 if [ -z "$nproc" ]; then
     nproc="$("$PYTHON" -c 'import torch; print(max(1, torch.cuda.device_count()))')"
 fi
-if [ "$nnodes" -gt 1 ]; then
+if [ "$nnodes" != "$most" ]; then
+    # Restarts for machines that leave; those for machines that join are not counted.
+    where=(--nnodes "$nnodes" --rdzv_backend c10d --rdzv_endpoint "$master" --rdzv_id "$master" --max_restarts 100)
+elif [ "$nnodes" -gt 1 ]; then
     where=(--nnodes "$nnodes" --node_rank "$node_rank" --master_addr "${master%:*}" --master_port "${master##*:}")
 else
     where=(--standalone) # picks a free port itself, so that several jobs fit on one machine

@@ -82,8 +82,39 @@ def test_four_processes_and_accumulation(folder, tmp_path, main_program):
         assert_close(Run(tmp_path / "run1"), Run(tmp_path / f"run{size}"))
 
 
+UNEVEN = {"model": "tests.tiny_models:plain", **SETTINGS, "batch_size": 16, "micro_batch": 2}  # 8 groups: 3 + 3 + 2
+
+
+def mean_of_means():
+    """Each process's gradient counts the same, whatever its share: what averaging alone would do."""
+    original = engine.forward_loss
+
+    def forward_loss(t, images, targets, step, groups, seeds):
+        shares = t.sampler.shares(t.plan.locate(step)[0])
+        weight = sum(shares) / len(shares) / shares[t.sampler.rank]
+        return original(t, images, targets, step, groups, seeds) * weight
+
+    engine.forward_loss = forward_loss
+
+
+def test_three_processes_of_unequal_shares_end_like_one(folder, tmp_path, main_program):
+    """And not if the shares were not weighted; what is logged and scored is one process's, too."""
+    assert main_program(flags(output_dir=tmp_path / "one", data_path=folder, **UNEVEN)) == 0
+    for name, fault in (("three", None), ("unweighted", mean_of_means)):
+        argv = flags(output_dir=tmp_path / name, data_path=folder, **UNEVEN)
+        programs = world(argv, tmp_path / f"{name}.log", 3, faults=dict.fromkeys(range(3), fault))
+        for program in programs:
+            assert program.wait() == 0, program.output
+    assert "8 groups over 3 devices: 3+3+2, 11 % of the time idle" in programs[0].output
+    one = Run(tmp_path / "one")
+    assert {record["input_size"] for record in one.log()} == {32, 48, 64}
+    assert_close(one, Run(tmp_path / "three"))
+    with pytest.raises(AssertionError):
+        assert_close(one, Run(tmp_path / "unweighted"))
+
+
 def test_gradients_are_reduced_once_per_step(folder, tmp_path):
-    """Accumulating two passes: as many reductions as optimizer steps, counted in the process."""
+    """Accumulating two passes on one of three: as many reductions as optimizer steps, counted in the process."""
     argv = flags(
         output_dir=tmp_path / "run",
         data_path=folder,
@@ -92,7 +123,7 @@ def test_gradients_are_reduced_once_per_step(folder, tmp_path):
         micro_batch=2,
         epochs=1,
     )
-    for program in world(argv, tmp_path / "log", 2, faults={0: count_reductions, 1: count_reductions}):
+    for program in world(argv, tmp_path / "log", 3, faults=dict.fromkeys(range(3), count_reductions)):
         assert program.wait() == 0, program.output
         assert "gradient reductions: 6" in program.output
 
@@ -147,8 +178,8 @@ def test_a_batch_that_does_not_share_out(folder, tmp_path):
     for rank, program in enumerate(world(argv, tmp_path / "log", 2)):
         assert program.wait() == 2
         line = program.output.strip().splitlines()[-1]
-        assert line.startswith(f"error: [rank {rank} on {socket.gethostname()}] --micro_batch 8 does not divide")
-        assert line.endswith("2 processes; nearest that do: 4")
+        assert line.startswith(f"error: [rank {rank} on {socket.gethostname()}] --micro_batch 8 makes 1 group of ")
+        assert line.endswith("--batch_size 8, fewer than 2 processes; 4 would serve")
     assert not (tmp_path / "run").exists()
 
 

@@ -9,7 +9,7 @@ import torch
 
 from commands import autobatch, doctor
 from config import Config
-from curriculum import build_plan
+from curriculum import CurriculumSampler, build_plan
 from models import create_model
 from tests.conftest import flags
 from utils import Topology
@@ -75,9 +75,11 @@ def test_the_whole_run_is_the_sum_of_its_stages_and_evaluations():
     rows = [row(32, 400, 1e9), row(48, 200, 1e9), row(64, 100, 1e9)]
     config = Config(input_size=64, eval_interval="100%", model_ema=True, num_workers=4)
     expected = sum(s.steps * 10 / {32: 400, 48: 200, 64: 100}[s.input_size] for s in plan.stages)
-    found = doctor.predict(rows, plan, config, 300, Topology(0, 1, torch.device("cuda", 0)), 16)
+    found = doctor.predict(rows, CurriculumSampler(plan), config, 300, Topology(0, 1, torch.device("cuda", 0)), 16)
     assert found == pytest.approx(expected + 2 * 300 / 300, rel=1e-6)  # both weights, at three times the speed
-    found = doctor.predict(rows, plan, config, 300, Topology(0, 2, torch.device("cuda", 0)), 16)
+    found = doctor.predict(
+        rows, CurriculumSampler(plan, world_size=2), config, 300, Topology(0, 2, torch.device("cuda", 0)), 16
+    )
     assert found == pytest.approx((expected + 2) / 2, rel=1e-6)
 
 

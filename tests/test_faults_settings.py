@@ -312,18 +312,19 @@ def test_results_count_no_run_that_did_not_train_its_plan(train, capsys):
     assert "log.txt has no pass that trained" in capsys.readouterr().err
 
 
-def test_default_groups_are_divided_among_more_processes(folder, tmp_path, main_program):
-    """A run begun by one process, whose group was the whole batch, and continued by two: no flag is needed."""
+@pytest.mark.parametrize("processes, group", [(2, 4), (3, 2)])
+def test_default_groups_are_divided_among_more_processes(folder, tmp_path, main_program, processes, group):
+    """A run begun by one process, whose group was the whole batch, and continued by more: no flag is needed."""
     from processes import world
 
     settings = {**SETTINGS, "model": "test_convnext", "micro_batch": None, "data_path": folder}
     argv = flags(output_dir=tmp_path / "run", **settings)
     assert main_program([*argv, "--stop_after", "10 steps"]) == 0
     assert Run(tmp_path / "run").state()["config"]["micro_batch"] == 8
-    programs = world(argv, tmp_path / "log", 2)
-    assert [program.wait() for program in programs] == [0, 0], programs[0].output
-    assert "--micro_batch is 4 from here on" in programs[0].output
-    assert Run(tmp_path / "run").state()["config"]["micro_batch"] == 4
+    programs = world(argv, tmp_path / "log", processes)
+    assert {program.wait() for program in programs} == {0}, programs[0].output
+    assert f"--micro_batch is {group} from here on" in programs[0].output
+    assert Run(tmp_path / "run").state()["config"]["micro_batch"] == group
 
 
 def test_no_setting_is_named_twice():

@@ -7,7 +7,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from curriculum import CurriculumSampler, build_plan
-from curriculum.sampler import derive_seed
+from curriculum.sampler import derive_seed, group_sizes, idle_share
 
 IMAGES, BATCH, MICRO = 203, 16, 4
 
@@ -62,7 +62,7 @@ def test_all_images_are_used_in_turn(plan):
     assert len(left_over) >= 4 and len(set(left_over)) == len(left_over)
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_same_steps_and_groups_on_any_number_of_processes(plan, world_size):
     alone = sampler(plan)
     expected = steps_of(plan, [list(alone)], [alone])
@@ -71,11 +71,13 @@ def test_same_steps_and_groups_on_any_number_of_processes(plan, world_size):
     for epoch in plan:  # the processes' groups are all groups, none twice
         groups = [g for s in several for groups in s.forward_passes(epoch) for g in groups]
         assert groups == list(range(BATCH // MICRO))
+        assert [sum(map(len, s.forward_passes(epoch))) for s in several] == several[0].shares(epoch)
+        assert several[0].shares(epoch) == {2: [2, 2], 3: [2, 1, 1], 4: [1, 1, 1, 1]}[world_size]
     other = sampler(plan, seed=8)
     assert steps_of(plan, [list(other)], [other]) != expected  # negative control
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_resume_from_any_step_gives_the_tail(plan, world_size):
     own = sampler(plan, rank=world_size - 1, world_size=world_size)
     whole, place = list(own), 0
@@ -150,10 +152,12 @@ def test_larger_batches_at_small_sizes():
 @pytest.mark.parametrize(
     "batch, micro, world_size, message",
     [
-        (16, 5, 1, "`micro_batch` 5 does not divide `batch_size` 16 .* 1 process; nearest that do: 4 and 8"),
-        (16, 12, 2, "`micro_batch` 12 .* 2 processes; nearest that do: 8"),
-        (16, 32, 1, "`micro_batch` 32 .* nearest that do: 16"),
-        (16, None, 3, "`batch_size` 16 does not share out over 3 processes; nearest that do: 15 and 18"),
+        (16, 5, 1, "`micro_batch` 5 does not divide `batch_size` 16; nearest that do: 4 and 8$"),
+        (16, 12, 2, "`micro_batch` 12 .* nearest that do: 8$"),
+        (16, 32, 1, "`micro_batch` 32 .* nearest that do: 16$"),
+        (16, 8, 3, "`micro_batch` 8 makes 2 groups of `batch_size` 16, fewer than 3 processes; 2 would serve$"),
+        (16, 16, 2, "`micro_batch` 16 makes 1 group of `batch_size` 16, fewer than 2 processes; 8 would serve$"),
+        (2, None, 3, "`batch_size` 2 makes no group of 1 for each of 3 processes: raise it to 3 or more"),
         (16, -4, 1, "`micro_batch` is -4"),
         (16, 0, 1, "`micro_batch` is 0"),
     ],
@@ -169,8 +173,8 @@ def test_sizes_that_do_not_divide_name_the_nearest_that_do(batch, micro, world_s
     [
         (16, 1, 1, "`micro_batch` 1 is odd.* nearest that do: 2"),
         (24, 3, 1, "`micro_batch` 3 is odd.* nearest that do: 2 and 4"),
-        (15, None, 1, "`batch_size` 15 does not share out over 1 process in pairs.* nearest that do: 14 and 16"),
-        (18, None, 4, "`batch_size` 18 .* nearest that do: 16 and 24"),
+        (15, None, 1, "`batch_size` 15 is odd, but images are mixed in pairs; nearest that do: 14 and 16"),
+        (6, None, 4, "`batch_size` 6 makes no group of 2 for each of 4 processes: raise it to 8 or more"),
     ],
 )
 def test_mixed_groups_are_even(batch, micro, world_size, message):
@@ -178,6 +182,25 @@ def test_mixed_groups_are_even(batch, micro, world_size, message):
     with pytest.raises(ValueError, match=message):
         CurriculumSampler(plan, micro_batch=micro, world_size=world_size, even_groups=True)
     assert CurriculumSampler(plan, micro_batch=batch, world_size=1).micro_batch == batch
+
+
+@pytest.mark.parametrize(
+    "batch, world_size, multiple, whole, best",
+    [
+        (4096, 8, 2, None, 512),  # a device's whole share, where there is one
+        (4096, 3, 2, None, 512),  # 8 groups, 3 + 3 + 2; of 4 a third of the time would be idle
+        (18, 4, 2, None, 2),  # 9 groups: a quarter idle, the least that there is
+        (7, 3, 1, None, 1),  # 7 groups, 3 + 2 + 2
+        (16, 3, 1, 8, 2),  # parts of a run's groups
+        (24, 2, 1, 24, 12),
+    ],
+)
+def test_groups_of_any_number_of_processes(batch, world_size, multiple, whole, best):
+    sizes = group_sizes(batch, world_size, multiple, whole)
+    assert sizes[0] == best
+    every = [n for n in range(1, batch + 1) if batch % n == 0 and n % multiple == 0 and batch // n >= world_size]
+    assert {*sizes} <= {n for n in every if (whole or batch) % n == 0}
+    assert idle_share(batch // best, world_size) <= max(1 / 8, min(idle_share(batch // n, world_size) for n in every))
 
 
 class Echo(Dataset):

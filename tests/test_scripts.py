@@ -196,6 +196,14 @@ def test_training_on_several_machines(checkout):
     )
 
 
+def test_training_on_machines_that_come_and_go(checkout):
+    expected = ["--nnodes", "1:4", "--rdzv_backend", "c10d", "--rdzv_endpoint", "node0:29500", "--rdzv_id"]
+    expected += ["node0:29500", "--max_restarts", "100", "--nproc_per_node", "8"]
+    elastic = ["--nnodes", "1:4", "--master", "node0:29500"]
+    assert checkout.torchrun("recipes/demo.yaml", *elastic, DEVICES="8")[:12] == expected
+    assert checkout.torchrun("recipes/demo.yaml", "--nnodes=2:2", "--master=node0:29500")[1] == "2:2"
+
+
 def test_flags_and_paths_arrive_as_they_were_written(checkout):
     own = checkout.home / "my recipe.yaml"
     own.write_text("")
@@ -220,6 +228,13 @@ def test_flags_and_paths_arrive_as_they_were_written(checkout):
         (["a.yaml", "--nnodes", "2", "--node_rank", "0", "--master", "node0"], "needs --master HOST:PORT"),
         (["a.yaml", "--nnodes", "2", "--node_rank", "0", "--master", "node0:1x"], "the port of --master must be"),
         (["a.yaml", "--node_rank", "0"], "give --nnodes too"),
+        (["a.yaml", "--nnodes", "1:4"], "--nnodes 1:4 needs --master HOST:PORT"),
+        (["a.yaml", "--nnodes", "4:2", "--master", "a:1"], "--nnodes must be at least 4, got 2"),
+        (["a.yaml", "--nnodes", "0:2", "--master", "a:1"], "--nnodes must be at least 1, got 0"),
+        (["a.yaml", "--nnodes", "1:1", "--master", "a:1"], "the most of --nnodes must be at least 2, got 1"),
+        (["a.yaml", "--nnodes", "1:", "--master", "a:1"], "--nnodes must be a whole number, got ''"),
+        (["a.yaml", "--nnodes", "1:2:3", "--master", "a:1"], "--nnodes must be a whole number, got '2:3'"),
+        (["a.yaml", "--nnodes", "1:4", "--node_rank", "0", "--master", "a:1"], "--node_rank has no use"),
     ],
 )
 def test_wrong_usage_exits_2_with_one_line_and_the_way_to_help(checkout, arguments, message):
@@ -241,7 +256,7 @@ def test_a_missing_recipe_is_named(checkout):
 def test_help_names_every_option(checkout):
     result = checkout.run("scripts/train.sh", "--help", active=False)
     assert result.returncode == 0
-    for word in ("RECIPE", "--nproc", "--nnodes", "--node_rank", "--master HOST:PORT"):
+    for word in ("RECIPE", "--nproc", "--nnodes", "--node_rank", "--master HOST:PORT", "MIN:MAX"):
         assert word in result.stdout
     assert "#" not in result.stdout
 

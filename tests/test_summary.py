@@ -27,6 +27,20 @@ def test_sharing_over_devices():
     assert "1 of 512 images" in text and "4 of 128 images" in text and "5.6x" in text and "hours" not in text
 
 
+def test_unequal_shares_cost_time():
+    sampler = CurriculumSampler(PLAN, micro_batch=512, world_size=3)
+    even = CurriculumSampler(PLAN, micro_batch=512, world_size=4)
+    speeds = {96: 2000.0, 160: 800.0, 224: 400.0}
+    three, four = (summarize(PLAN, 300, FLOPS, 10, one, speeds) for one in (sampler, even))
+    assert three["stages"][0]["groups"] == [3, 3, 2] and three["stages"][0]["images_per_device"] == 3 * 512
+    assert three["stages"][0]["idle"] == pytest.approx(1 / 9) and four["stages"][0]["idle"] == 0
+    # Of 8 groups the slowest takes 3 instead of 2.
+    assert three["total"]["seconds"] == pytest.approx(1.5 * four["total"]["seconds"])
+    assert three["stages"][0]["images_per_s"] == pytest.approx(2000 * 8 / 3)
+    assert "8 groups over 3 devices: 3+3+2, 11 % of the time idle" in table(three).splitlines()
+    assert "idle" not in table(four)
+
+
 def test_forward_batch_caps_the_passes():
     sampler = CurriculumSampler(PLAN, micro_batch=128, forward_batch={160: 256, 96: 200}, world_size=8)
     stages = summarize(PLAN, 300, FLOPS, 10, sampler)["stages"]
@@ -59,7 +73,9 @@ def test_command_line_json_and_speeds(tmp_path, capsys, monkeypatch):
     assert main.main([*arguments, "--plan", "table", "--speeds", RECIPE]) == 2
     assert 'must be a file like {"images_per_s"' in capsys.readouterr().err
     assert main.main([*arguments[:4], "--devices", "24", "--plan", "table"]) == 2
-    assert "24 processes" in capsys.readouterr().err
+    assert "8 groups of --batch_size 4096, fewer than 24 processes; 64 would serve" in capsys.readouterr().err
+    assert main.main([*arguments[:4], "--devices", "24", "--micro_batch", "64", "--plan", "table"]) == 0
+    assert "64 groups over 24 devices: 16 x 3 + 8 x 2, 11 % of the time idle" in capsys.readouterr().out
     assert main.main([*arguments[:4], "--micro_batch", "auto", "--plan", "table"]) == 0
     assert "forward passes" not in capsys.readouterr().out  # they are found when training starts
     monkeypatch.setenv("RANK", "1")  # under torchrun, one process speaks

@@ -144,8 +144,13 @@ def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> 
             forward_batch=config.forward_batch,
             rank=rank,
             world_size=world_size,
-            even_groups=config.mixup > 0 or config.cutmix > 0,
+            even_groups=mixes(config),
         )
+
+
+def mixes(config: Config) -> bool:
+    """Whether images are mixed in pairs, so that groups of them are even."""
+    return config.mixup > 0 or config.cutmix > 0
 
 
 def evaluated_passes(plan: Plan, interval: str | float) -> list[int]:
@@ -302,11 +307,22 @@ def make_training(config: Config, plan: Plan, sampler: CurriculumSampler, model:
     )
 
 
-def synchronise(model: nn.Module, topology: Topology) -> nn.Module:
-    """BatchNorm over all devices in a model that asks for it: a detector's heads see few images on each. CUDA only."""
-    if getattr(model, "sync_batch_norm", False) and topology.world_size > 1 and topology.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+def synchronise(model: nn.Module, topology: Topology, sampler: CurriculumSampler) -> nn.Module:
+    """BatchNorm over all devices in a model that asks for it: a detector's heads see few images on each. CUDA only.
+
+    Raises:
+        UsageError: not all devices take as many groups, so that one would wait for ever for the others' forward pass.
+    """
+    if not (getattr(model, "sync_batch_norm", False) and topology.world_size > 1 and topology.device.type == "cuda"):
+        return model
+    for stage in sampler.plan.stages:
+        if len({*sampler.shares(stage)}) > 1:
+            raise UsageError(
+                f"--micro_batch {sampler.micro_batch} makes {stage.batch_size // sampler.micro_batch} groups, which "
+                f"{topology.world_size} devices cannot share evenly, as BatchNorm over all devices needs: choose a "
+                "--batch_size that they can, or fewer devices"
+            )
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
 def place(model: nn.Module, device: torch.device, channels_last: bool) -> nn.Module:

@@ -9,11 +9,13 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Any
 
-from utils import Topology, from_main
+from utils import Topology, from_main, most_nodes
 
 LOCK = "run.lock"
 PATIENCE = 3.0  # seconds: a process that was killed is not gone at once
+LEASE = 120.0  # seconds: a file server keeps the lock of a machine that is gone for a while (NFS: 90)
 
 
 class OneWriter:
@@ -21,7 +23,8 @@ class OneWriter:
 
     It is a POSIX record lock: the system gives it up with the process, however that ends, loader processes do not
     inherit it, and NFS carries it to other machines. Where a file system has no locks, that is said. The main process
-    holds it for all; each calls every method.
+    holds it for all; each calls every method. An elastic run that starts again after it has lost a machine waits until
+    the file server gives up the lock of its own process there.
 
     Args:
         output: the output folder.
@@ -63,7 +66,8 @@ class OneWriter:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         except OSError as error:
             raise OSError(f"--output_dir {self.output} cannot be written: {error.strerror}") from None
-        until = time.monotonic() + PATIENCE
+        start, launch = time.monotonic(), os.environ.get("TORCHELASTIC_RUN_ID") if most_nodes() else None
+        said = False
         while True:
             try:
                 fcntl.lockf(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,24 +80,36 @@ class OneWriter:
                         flush=True,
                     )
                     return
-            if time.monotonic() > until:
-                holder = self._holder()
+            about = self._about_holder()
+            own = launch is not None and about.get("launch") == launch
+            if time.monotonic() > start + (LEASE if own else PATIENCE):
                 os.close(self.file)
                 self.file = None
                 raise OSError(
-                    f"--output_dir {self.output}: another run writes there, {holder}; stop it or wait for its end, or "
-                    "name another --output_dir"
+                    f"--output_dir {self.output}: another run writes there, {_in_words(about)}; stop it or wait for "
+                    "its end, or name another --output_dir" + f"; if that machine is gone, remove {path}" * own
                 )
+            if own and not said and time.monotonic() > start + PATIENCE:
+                print(f"waiting up to {LEASE:g} s for the lock of this run's {_in_words(about)}", flush=True)
+                said = True
             time.sleep(0.1)
         about = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        about["launch"] = launch
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, json.dumps(about).encode(), 0)
         for left in self.output.glob("*.tmp"):  # by writers that were killed
             left.unlink(missing_ok=True)
 
-    def _holder(self) -> str:
+    def _about_holder(self) -> dict[str, Any]:
         try:
             about = json.loads(os.pread(self.file, 1000, 0))
-            return f"process {about['pid']} on {about['host']}, since {about['since']}"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "which does not say its name yet"
+            return about if isinstance(about, dict) else {}
+        except (OSError, ValueError):
+            return {}
+
+
+def _in_words(about: dict[str, Any]) -> str:
+    try:
+        return f"process {about['pid']} on {about['host']}, since {about['since']}"
+    except KeyError:
+        return "which does not say its name yet"

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from utils import STOP_SIGNALS, STOPPED, Topology, write_text
+from utils import STOP_SIGNALS, STOPPED, Topology, most_nodes, write_text
 
 STOP_NOTE = "stopped.json"
 ECHO = 1.0  # seconds
@@ -111,12 +111,12 @@ def leave_stop_note(output: Path, step: int) -> None:
 def stays_stopped(output: Path, topology: Topology) -> bool:
     """Whether this worker was started again by torchrun after a stop, and so has to exit at once.
 
-    A new launch resumes instead: it removes the note.
+    A new launch resumes instead: it removes the note. So does an elastic run, which stops whenever machines come or go.
     """
     note = output / STOP_NOTE
     if not note.exists():
         return False
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0 and not most_nodes():
         if topology.is_main:
             print(f"stopped: {note} says so; launch the command again to resume", flush=True)
         return True
