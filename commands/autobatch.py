@@ -14,8 +14,8 @@ from torch import nn
 
 from config import Config, UsageError
 from curriculum import CurriculumSampler, Plan, RandAugment
+from curriculum.device_augment import encode
 from engine import finished, forward_loss
-from inputs.device import encode
 from inputs.transfer import to_device
 from training.build import blank_targets, make_augment, make_training, place
 from utils import Topology, all_min

@@ -122,6 +122,23 @@ class CurriculumSampler(Sampler):
         return torch.randperm(self.plan.num_images, generator=generator).numpy()
 
 
+class IndexSampler(CurriculumSampler):
+    """The same batches, of indices alone: for data sets that take an index, and images that the device reduces.
+
+    With the curriculum ``none`` it is a sampler whose runs resume inside a pass on any number of processes.
+
+    >>> from curriculum import build_plan
+    >>> plan = build_plan("none", epochs=1, num_images=8, batch_size=4)
+    >>> halves = [list(IndexSampler(plan, rank=rank, world_size=2, start_step=1)) for rank in (0, 1)]
+    >>> sum(halves, []), list(IndexSampler(plan))[1]
+    ([[5, 6], [1, 7]], [5, 6, 1, 7])
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield [index for index, *_ in batch]
+
+
 def _check_groups(batch: int, micro_batch: int | None, world_size: int, multiple: int) -> int:
     """Images per group, of which a batch is a whole number for each process."""
     if batch % (world_size * multiple):
