@@ -28,9 +28,9 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
+from models.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
 from training.logs import duration_text, read_log, spread  # noqa: E402
-from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
 CIRCUMSTANCES = (*named(Config, "free"), "seed")

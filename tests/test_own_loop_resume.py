@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from itertools import chain
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from curriculum import IndexSampler, LiveCurriculum, build_plan
 from models import create_model
 
 PLAN = build_plan(epochs=2, num_images=96, batch_size=8, base_size=64)
-STOP = PLAN.stages[1].first_step + 3  # inside the second stage, and inside a pass
+STOP = PLAN.stages[1].first_step + 7  # inside the second stage, and inside a pass
 
 
 class Stopped(Exception):
@@ -206,8 +207,8 @@ def test_the_sampler_alone_resumes_inside_a_pass_on_other_numbers_of_processes()
         ranks = [IndexSampler(plan, seed=1, rank=r, world_size=world_size, start_step=first) for r in range(world_size)]
         assert all(len(sampler) == 24 - first for sampler in ranks)
         batches = [list(sampler)[: last - first] for sampler in ranks]
-        steps += [sum(shares, []) for shares in zip(*batches)]
+        steps += [list(chain(*shares)) for shares in zip(*batches)]
     assert steps == whole
-    passes = [sum(steps[8 * k : 8 * k + 8], []) for k in range(3)]
+    passes = [list(chain(*steps[8 * k : 8 * k + 8])) for k in range(3)]
     assert all(sorted(images) == list(range(96)) for images in passes)
     assert passes[0] != passes[1] != passes[2]

@@ -23,11 +23,11 @@ from config import Config, plain
 from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
+from models.run_files import check_records, read_environment, read_findings, read_plan, read_settings
 from training.charts import Series, chart, stack
 from training.findings import FINDINGS
 from training.logs import duration_text, read_log
 from training.report_findings import class_scores, findings_section, table
-from training.run_files import check_records, read_environment, read_findings, read_plan, read_settings
 from utils import write_text
 
 WIDTH, HEIGHT = 640, 220
