@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from config.kinds import named
 from .run_files import check_records, read_environment, read_plan, read_settings
 
 PER_IMAGE = 6  # FLOPs of training for each multiply-add of a forward pass: two, and twice that backward
+_OWN_FOLDER = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")  # how a path begins that says where somebody's files lie
 FINGERPRINT = ("images", "classes", "fingerprint")  # of a data set, as training/identity.py makes it
 SCORES = {"acc1": "top-1, %", "acc5": "top-5, %", "map": "mAP, %", "real_acc1": "ReaL top-1, %", "loss": "loss"}
 
@@ -54,14 +56,13 @@ def facts(
 
 
 def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that make the result and are not the defaults; of files, the names without their folders."""
+    """The settings that make the result and are not the defaults; of absolute paths, the file's name alone."""
     defaults = plain(Config())
     shown = {}
     for name in named(Config, "learned", "curriculum", "optimizer", "model"):
         value = json.loads(json.dumps(settings.get(name, defaults[name]), default=str))
         if value != defaults[name]:
-            is_path = isinstance(value, str) and ("/" in value or "\\" in value) and ":" not in value
-            shown[name] = Path(value).name if is_path else value
+            shown[name] = Path(value).name if isinstance(value, str) and _OWN_FOLDER.match(value) else value
     return shown
 
 
