@@ -47,7 +47,7 @@ class Curriculum(Callback):
         self._resumed.load_state_dict(checkpoint["callbacks"][self.state_key])
 
     def state_dict(self) -> dict[str, Any]:
-        return self.live.state_dict()
+        return self.live.state_dict() if self.live else {}
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
         """Raises ValueError where the trainer's steps are not the plan's, or the network cannot take its sizes."""

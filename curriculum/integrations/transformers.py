@@ -88,10 +88,11 @@ def teach_sizes(model: nn.Module, sizes: list[int]) -> None:
     size = getattr(getattr(model, "config", None), "image_size", None)
     if not isinstance(size, int) or hasattr(model, "rebuild"):
         return
+    model.input_size = size
     try:
         check_input_sizes(model, sizes)
     except InputSizeError:
-        model.rebuild, model.takes_size, model.input_size = partial(_rebuild, type(model), model.config), True, size
+        model.rebuild, model.takes_size = partial(_rebuild, type(model), model.config), True
 
 
 def _rebuild(kind: type[nn.Module], config: Any, size: int) -> nn.Module:
