@@ -50,11 +50,9 @@ class Curriculum(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Raises ValueError where the Trainer's steps are not the plan's, or the model cannot take its sizes."""
-        if state.max_steps != self.plan.total_steps:
-            raise ValueError(
-                f"TrainingArguments: max_steps is {state.max_steps}; the plan has {self.plan.total_steps} optimizer "
-                "steps; write max_steps=plan.total_steps"
-            )
+        if state.max_steps != (steps := self.plan.total_steps):
+            asked = f"TrainingArguments(max_steps={state.max_steps})"
+            raise ValueError(f"{asked}: the plan has {steps} optimizer steps; write max_steps=plan.total_steps")
         self.live, resumed, self._resumed = self._make(model, args.world_size > 1), self._resumed, None
         if resumed is not None:
             self.live.load_state_dict(resumed)
@@ -67,8 +65,8 @@ class Curriculum(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
-            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (folder / STATE).write_text(json.dumps(self.live.state_dict()))
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            (checkpoint / STATE).write_text(json.dumps(self.live.state_dict()))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """The record of this moment, in ``trainer.state.log_history`` too, gets the input size."""
@@ -88,8 +86,8 @@ def teach_sizes(model: nn.Module, sizes: list[int]) -> None:
     size = getattr(getattr(model, "config", None), "image_size", None)
     if not isinstance(size, int) or hasattr(model, "rebuild"):
         return
-    model.input_size = size
     try:
+        model.input_size = size
         check_input_sizes(model, sizes)
     except InputSizeError:
         model.rebuild, model.takes_size = partial(_rebuild, type(model), model.config), True
