@@ -164,7 +164,8 @@ def torchrun(count):
 
 def accelerate(count):
     several = ["--num_processes", str(count), "--num_machines", "1", "--main_process_port", str(free_port())]
-    return ["accelerate.commands.launch", "--cpu", "--mixed_precision", "no", "--dynamo_backend", "no", *several]
+    # Without MPI its launcher starts several processes for GPUs alone; the program says that it wants the CPU.
+    return ["accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", *several]
 
 
 def assert_close(a, b):
