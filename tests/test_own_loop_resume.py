@@ -9,6 +9,7 @@ import sys
 from itertools import chain
 
 import pytest
+import timm
 import torch
 from conftest import ROOT, same
 from processes import free_port
@@ -168,20 +169,25 @@ def accelerate(count):
     return ["accelerate.commands.launch", "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", *several]
 
 
-def assert_close(a, b):
-    assert a.keys() == b.keys()
-    for key in a:
-        torch.testing.assert_close(a[key], b[key], atol=2e-4, rtol=2e-3, msg=key)
+def logits(weights=None):
+    """Of the page's model. Weights themselves may differ: some, such as the bias of keys, change nothing, and Adam moves
+    them by what rounding leaves of their gradients."""
+    torch.manual_seed(0)
+    model = timm.create_model("test_vit", num_classes=4, img_size=64).eval()
+    if weights is not None:
+        model.load_state_dict(torch.load(weights, weights_only=True))
+    with torch.no_grad():
+        return model(torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)))
 
 
 @pytest.mark.extended
 def test_two_processes_end_with_the_weights_of_one(tmp_path):
-    ends = []
     for count in (1, 2):
         done = processes(tmp_path / str(count), "processes.py", count, torchrun)()
         assert done.returncode == 0, done.stderr
-        ends.append(torch.load(tmp_path / str(count) / "weights.pt", weights_only=True))
-    assert_close(*ends)
+    one, two = (logits(tmp_path / str(count) / "weights.pt") for count in (1, 2))
+    torch.testing.assert_close(one, two, atol=5e-3, rtol=0)
+    assert (one - logits()).abs().max() > 0.05  # it learned something
 
 
 @pytest.mark.extended
