@@ -170,8 +170,8 @@ def accelerate(count):
 
 
 def logits(weights=None):
-    """Of the page's model. Weights themselves may differ: some, such as the bias of keys, change nothing, and Adam moves
-    them by what rounding leaves of their gradients."""
+    """Of the page's model. Weights may differ: some, such as the bias of keys, change no output, and Adam moves them by
+    what rounding leaves of their gradients."""
     torch.manual_seed(0)
     model = timm.create_model("test_vit", num_classes=4, img_size=64).eval()
     if weights is not None:
