@@ -57,8 +57,8 @@ def hub_server(token):
             return self.answer({"error": self.path}, 404)
 
         def do_GET(self):
-            owner, name, _, _, *file = self.path.strip("/").split("/")
-            content = hub.files.get(f"{owner}/{name}", {}).get("/".join(file))
+            parts = self.path.strip("/").split("/")  # OWNER/NAME/resolve/REVISION/FILE
+            content = hub.files.get("/".join(parts[:2]), {}).get("/".join(parts[4:]))
             if content is None:
                 return self.answer({"error": "Entry not found"}, 404, **{"X-Error-Code": "EntryNotFound"})
             return self.send(content, 200, ETag=f'"{hashlib.sha1(content).hexdigest()}"', **{"X-Repo-Commit": COMMIT})

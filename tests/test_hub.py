@@ -238,7 +238,7 @@ def test_what_timm_is_told(tmp_path, name, size, arguments, expected):
     with torch.no_grad():
         torch.testing.assert_close(again(images(size)), model(images(size)), atol=1e-4, rtol=1e-4)
     data = timm.data.resolve_data_config({}, model=again)
-    assert (data["input_size"], data["crop_pct"], data["interpolation"]) == ((3, size, size), 0.9, "lanczos")
+    assert (tuple(data["input_size"]), data["crop_pct"], data["interpolation"]) == ((3, size, size), 0.9, "lanczos")
 
 
 def test_a_model_that_computes_something_else_in_timm_is_noticed(tmp_path, monkeypatch):
