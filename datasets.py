@@ -18,9 +18,10 @@ from config import Config, as_usage
 from config.checks import parse_share
 from config.urls import is_url
 from curriculum import CurriculumSampler
+from curriculum.device_augment import DeviceAugment
 from curriculum.sampler import REPLAY, derive_seed
 from inputs.bad_files import BadFiles, load
-from inputs.device import DeviceAugment, DeviceTransform
+from inputs.device import DeviceTransform
 from inputs.published import PUBLISHED, open_published
 from inputs.readers import open_source
 from inputs.replay import ReplayBuffer, refill_from, replay_capacity

@@ -14,9 +14,9 @@ from torch import nn
 
 from config import Config, UsageError
 from curriculum import CurriculumSampler, Plan, RandAugment
+from curriculum.device_augment import encode
 from curriculum.sampler import group_sizes
 from engine import finished, forward_loss
-from inputs.device import encode
 from inputs.transfer import to_device
 from training.build import blank_targets, make_augment, make_training, mixes, place
 from utils import Topology, all_min, most_processes

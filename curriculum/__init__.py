@@ -1,6 +1,7 @@
 """The method as a library: the plan, what an epoch shows of each image, and how a model follows the input size."""
 
 from curriculum.augment import RandAugment
+from curriculum.device_augment import DeviceRandAugment
 from curriculum.durations import parse_duration
 from curriculum.live import LiveCurriculum
 from curriculum.operators import downsample, high_pass, low_frequency_crop, low_pass
@@ -8,7 +9,7 @@ from curriculum.plan import Plan, build_plan
 from curriculum.presets import PRESETS, Curriculum, Segment
 from curriculum.records import Pass, Stage
 from curriculum.resize import check_input_sizes, set_input_size
-from curriculum.sampler import CurriculumSampler
+from curriculum.sampler import CurriculumSampler, IndexSampler
 from curriculum.summary import summarize, table
 
 __version__ = "0.1.0"
@@ -19,7 +20,9 @@ __all__ = [
     "PRESETS",
     "Curriculum",
     "CurriculumSampler",
+    "DeviceRandAugment",
     "Epoch",
+    "IndexSampler",
     "LiveCurriculum",
     "Pass",
     "Plan",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class LiveCurriculum:
     moments and its moving average (:func:`curriculum.set_input_size`). From then on images that come to the model are
     reduced to that size by the plan's operator, in training and in evaluation; images that the loader has reduced
     already (:class:`curriculum.CurriculumSampler` tells it to) pass as they are. ``lr`` is the plan's learning rate of
-    the step, for the loop to set.
+    the step, for the loop to set; ``step`` counts the steps that were started, which is where a loop resumes.
 
     Args:
         plan: from :func:`curriculum.build_plan`.
@@ -30,7 +31,9 @@ class LiveCurriculum:
             be wrapped (DistributedDataParallel, torch.compile) if none of its parameters depends on the input size.
         optimizer: over the model's parameters.
         ema: a moving average of the model: a module, or an object that holds it as ``.module``.
-        wrapped: that a trainer has wrapped it elsewhere, which cannot be seen from here.
+        wrap: for a model whose parameters do: returns the model wrapped, such as ``DistributedDataParallel``. It is
+            called again after each change of size; call :attr:`wrapped` in place of the model.
+        is_wrapped: that a trainer has wrapped the model elsewhere, which cannot be seen from here.
 
     Raises:
         ValueError: the model cannot take one of the plan's sizes, or is wrapped and its parameters would change shape.
@@ -59,20 +62,22 @@ class LiveCurriculum:
         model: nn.Module,
         optimizer: torch.optim.Optimizer | None = None,
         ema: Any = None,
-        wrapped: bool = False,
+        wrap: Callable[[nn.Module], nn.Module] | None = None,
+        is_wrapped: bool = False,
     ) -> None:
-        self.plan, self.optimizer, self.ema = plan, optimizer, ema
+        self.plan, self.optimizer, self.ema, self.wrap = plan, optimizer, ema, wrap
         self.model = _unwrap(model)
+        self._wrapped = None if wrap else model
         sizes = sorted({stage.input_size for stage in plan.stages})
         check_input_sizes(self.model, sizes)
-        if (wrapped or self.model is not model) and (changing := _changing_size(self.model, sizes)):
+        if (is_wrapped or self.model is not model) and (changing := _changing_size(self.model, sizes)):
             raise ValueError(
                 f"{type(self.model).__name__} is wrapped (for several processes or by torch.compile), and its "
-                f"parameters change their shape at input size {changing}: drop the wrapper at each stage, call "
-                "set_input_size, and wrap it again"
+                f"parameters change their shape at input size {changing}: give LiveCurriculum the model without its "
+                "wrapper, and the wrapper as wrap=..., then call live.wrapped"
             )
         self.input_size: int | None = None  # before the first step images are let through
-        self.lr, self.radius = plan.lr_at(0), None
+        self.step, self.lr, self.radius = 0, plan.lr_at(0), None
         self._seen: Counter[int] = Counter()
         averaged = [] if ema is None else [getattr(ema, "module", ema)]
         hook = _Hook(self)
@@ -80,13 +85,50 @@ class LiveCurriculum:
 
     def start_step(self, step: int) -> Pass:
         """Call before optimizer step ``step`` (from 0). Returns the plan's record; beyond the plan, its last one."""
+        self.step = step + 1
         step = min(step, self.plan.total_steps - 1)
         epoch, _ = self.plan.locate(step)
         self.lr, self.radius = self.plan.lr_at(step), epoch.radius
-        if epoch.input_size != self.input_size:
-            set_input_size(self.model, epoch.input_size, self.optimizer, self.ema)
-            self.input_size = epoch.input_size
+        self._resize(epoch.input_size)
         return epoch
+
+    def _resize(self, size: int) -> None:
+        if size == self.input_size:
+            return
+        if self.wrap is not None:
+            self._wrapped = None  # a live data-parallel wrapper would keep its hooks on the resized parameters
+        set_input_size(self.model, size, self.optimizer, self.ema)
+        self.input_size = size
+
+    @property
+    def wrapped(self) -> nn.Module:
+        """The model as it is to be called, in the present wrapper. Keep no other reference to it over a step."""
+        if self._wrapped is None:
+            self._wrapped = self.wrap(self.model)
+        return self._wrapped
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs beside model and optimizer: plain types, as JSON has them. Take it between steps."""
+        seen = [list(item) for item in self.seen.items()]
+        return {"stages": self._stages(), "step": self.step, "input_size": self.input_size, "seen": seen}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Call before the model, the optimizer and the average load theirs: it gives them the shapes of then.
+
+        Raises:
+            ValueError: the state is of another plan.
+        """
+        if [list(stage) for stage in state["stages"]] != self._stages():
+            raise ValueError(
+                f"the state is of another plan: its stages (input size, steps) are {state['stages']}, this plan's are "
+                f"{self._stages()}; build the plan with the settings of then"
+            )
+        if state["input_size"] is not None:
+            self._resize(state["input_size"])
+        self.step, self._seen = state["step"], Counter(dict(state["seen"]))
+
+    def _stages(self) -> list[list[int]]:
+        return [[stage.input_size, stage.steps] for stage in self.plan.stages]
 
     @property
     def seen(self) -> dict[int, int]:

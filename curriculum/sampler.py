@@ -131,6 +131,23 @@ class CurriculumSampler(Sampler):
         return torch.randperm(self.plan.num_images, generator=generator).numpy()
 
 
+class IndexSampler(CurriculumSampler):
+    """The same batches, of indices alone: for data sets that take an index, and images that the device reduces.
+
+    With the curriculum ``none`` it is a sampler whose runs resume inside a pass on any number of processes.
+
+    >>> from curriculum import build_plan
+    >>> plan = build_plan("none", epochs=1, num_images=8, batch_size=4)
+    >>> halves = [next(iter(IndexSampler(plan, rank=rank, world_size=2, start_step=1))) for rank in (0, 1)]
+    >>> halves, list(IndexSampler(plan))[1]
+    ([[0, 6], [5, 3]], [0, 6, 5, 3])
+    """
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in super().__iter__():
+            yield [index for index, *_ in batch]
+
+
 def group_sizes(batch: int, world_size: int, multiple: int = 1, whole: int | None = None) -> list[int]:
     """Images per group with which a batch makes a group or more for each process, the best first.
 

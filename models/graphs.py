@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .reading import read_weights
-from .registry import build_from_file, check_name_from_file
-from .weights import load_weights
+from .card import facts
+from .rebuilt import rebuild
 
 TOLERANCE = 1e-4  # of logits, relative to the largest where that is above 1
 
@@ -25,8 +24,9 @@ def export_graph(
     """Write the graph from normalised images (N, 3, size, size), float32, to logits (N, classes); any N if it can be.
 
     The file carries a description, under the key ``about``: class names, input size, the mean and deviation to
-    normalise pixels in [0, 1] by, and the centre crop's share (``crop_pct``). It is run on random images and must
-    agree with the model to 1e-4, else nothing is written; ONNX is run by onnxruntime.
+    normalise pixels in [0, 1] by, the centre crop's share (``crop_pct``), and what the weights are and cost
+    (``training``). It is run on random images and must agree with the model to 1e-4, else nothing is written; ONNX is
+    run by onnxruntime.
 
     Args:
         source: a checkpoint of this project.
@@ -43,34 +43,20 @@ def export_graph(
         ValueError: a checkpoint without settings, a missing package, a model that cannot be exported, or a graph that
             computes something else.
     """
-    content = read_weights(source)
-    settings, classes = content.get("config"), content.get("classes")
-    if "format_version" not in content or not classes:
-        raise ValueError(f"{source} is not a checkpoint of this project, so its model cannot be built from it")
-    if settings.get("task") in ("detection", "segmentation"):
-        raise ValueError(f"{source} is a {settings['task']} checkpoint: export it by python -m dense.export")
-    try:
-        size = size or settings["eval_size"] or settings["input_size"]
-        outputs = settings["num_classes"] or len(classes)
-        name, arguments, crop = model or settings["model"], settings["model_args"] or {}, settings["crop_pct"]
-    except KeyError as error:
-        raise ValueError(f"{source}: its settings lack {error}, so its model cannot be built from it") from None
-    if model is None:
-        check_name_from_file(name, arguments, source)
-    built = build_from_file(name, outputs, size, arguments, content["model"], source)
-    report = load_weights(built, source, key="model_ema" if ema else "model")
-    about = {"classes": classes, "input_size": size, "mean": report.mean, "std": report.std, "crop_pct": crop}
-    model = built
+    built = rebuild(source, size, ema, model)
+    network, size, report = built.model, built.size, built.report
+    about = {"classes": built.classes, "input_size": size, "mean": report.mean, "std": report.std}
+    about.update(crop_pct=built.crop_pct, training=facts(source, built.content, report.key))
     out = Path(out)
     if not out.parent.is_dir():
         raise ValueError(f"{out}: there is no folder {out.parent}")
     temporary = out.with_name(out.name + ".tmp")
     try:
-        program, images = _capture(model.eval(), size)
+        program, images = _capture(network, size)
         write = {"onnx": _write_onnx, "torch_export": _write_torch}[form]
         run = write(program, temporary, json.dumps(about))
         with torch.no_grad():
-            difference = _difference(run(images), model(images))
+            difference = _difference(run(images), network(images))
         if not difference <= TOLERANCE:  # not a number is wrong too
             raise ValueError(
                 f"the exported graph's outputs differ from the model's by {difference:.2g}; nothing written"
@@ -79,7 +65,8 @@ def export_graph(
     finally:
         temporary.unlink(missing_ok=True)
     batch = "any batch" if len(images) > 1 else "one image at a time"
-    return f"{out}: {size}x{size} pixels, {batch}, {outputs} classes; agrees with the model to {difference:.1g}"
+    classes = network.num_classes
+    return f"{out}: {size}x{size} pixels, {batch}, {classes} classes; agrees with the model to {difference:.1g}"
 
 
 def _capture(model: nn.Module, size: int) -> tuple[torch.export.ExportedProgram, Tensor]:

@@ -18,9 +18,9 @@ from commands import autobatch
 from config import Config
 from config.command_line import parse_config
 from curriculum import RandAugment, low_frequency_crop, set_input_size
+from curriculum.device_augment import NAMES, DeviceAugment, encode
 from engine import train_epoch
 from inputs import finish as finishing
-from inputs.device import NAMES, DeviceAugment, encode
 from inputs.finish import Finish
 from models import checkpoints, create_model
 from training import session

@@ -28,10 +28,10 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
+from models.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
 from training.early_stop import read_note  # noqa: E402
 from training.logs import read_log, spread  # noqa: E402
-from training.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
 from utils import duration_text  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
+import curriculum.device_augment
 import curriculum.operators
 import engine
-import inputs.device
 import inputs.finish
 
 CUDA = torch.device("cuda", 0)
@@ -30,7 +30,7 @@ NO_KERNEL = (  # views and allocations
     *("as_strided", "unfold", "squeeze", "prim.device", "chunk", "t.default", "lift_fresh", "is_same_size", "empty"),
 )
 CACHES = (
-    *(inputs.finish._generator, inputs.finish._per_channel, inputs.device._constant),
+    *(inputs.finish._generator, inputs.finish._per_channel, curriculum.device_augment._constant),
     *(curriculum.operators._fourier_axis, curriculum.operators._lanczos_matrix),
 )
 

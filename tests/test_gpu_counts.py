@@ -10,8 +10,8 @@ from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from curriculum import CurriculumSampler, RandAugment, build_plan, downsample
+from curriculum.device_augment import NAMES, DeviceAugment
 from engine import Training, train_epoch
-from inputs.device import NAMES, DeviceAugment
 from inputs.finish import Finish
 from models import create_mae, create_model, param_groups
 from training.numerics import LossMeter

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.utils.data import default_collate
 
 from curriculum.augment import RandAugment, arguments
-from inputs.device import DeviceAugment, DeviceTransform, encode
+from curriculum.device_augment import DeviceAugment, DeviceRandAugment, encode
+from inputs.device import DeviceTransform
 from inputs.transforms import TrainTransform, as_batch
 from inputs.warps import WARPS, apply_operations
 
@@ -44,6 +45,26 @@ def test_each_operation_equals_the_hosts(name, device, photos):
             assert off.mean() < 1, op  # the host has PIL's kernel here, a = -1, the device a = -0.75
         else:
             assert off.max() <= 1 and off.mean() < 0.05, op
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_alone_it_draws_what_single_images_get(device, photos):
+    """Against timm's operations on PIL images, drawn by a generator of the same seed."""
+    batch = torch.cat([as_batch(np.array(photo)) for photo in photos * 4])
+    ours = DeviceRandAugment()(batch.to(device), 9.0, random.Random(3)).cpu()
+    rng, single = random.Random(3), RandAugment()
+    expected = torch.cat([as_batch(np.array(single(photo, 9.0, rng))) for photo in photos * 4])
+    off = (ours.int() - expected.int()).abs().float()
+    assert off.mean() < 1 and off.mean((1, 2, 3)).median() < 0.25
+    assert (batch.int() - expected.int()).abs().float().mean() > 10  # something was done
+    other = DeviceRandAugment()(batch.to(device), 9.0, random.Random(4)).cpu()
+    assert (other.int() - expected.int()).abs().float().mean() > 10  # a negative control: other draws
+
+
+@pytest.mark.parametrize("images", [torch.zeros(2, 3, 8, 8), torch.zeros(3, 8, 8, dtype=torch.uint8)])
+def test_alone_it_refuses_what_is_no_batch_of_levels(images):
+    with pytest.raises(ValueError, match="uint8 images"):
+        DeviceRandAugment()(images, 9.0, random.Random(0))
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -37,8 +37,8 @@ for name in ("main", "config", "inputs", "models", "jsonargparse", "simplejpeg")
         continue
     raise AssertionError(f"{name} can be imported, so nothing was shown")
 for program in programs:
-    live = runpy.run_path(program)["live"]
-    print(json.dumps([curriculum.__version__, live.seen, live.saved]))
+    if live := runpy.run_path(program).get("live"):
+        print(json.dumps([curriculum.__version__, live.seen, live.saved]))
 """
 
 
@@ -83,17 +83,20 @@ def package(tmp_path_factory):
 
 
 def test_programs_run_from_the_wheel_alone(package, tmp_path):
-    programs = [tmp_path / name for name in ("plain.py", "loader.py")]
+    programs = [tmp_path / f"{name}.py" for name in ("plain", "loader", "resume", "small", "sampler", "augment")]
     for path in programs:
         path.write_text(PROGRAMS[path.name])
     command = [sys.executable, "-I", "-S", "-c", ISOLATED, *map(str, (*package, *programs))]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
-    assert len(results) == 2
+    results, (sizes, shares) = [r for r in results if len(r) == 3][:3], results[-2:]
+    assert len(results) == 3
     for version, seen, saved in results:
         assert version == "0.1.0"
         assert two_stages(seen) and saved > 0.3
+    assert sizes == [12, 24, 32]  # as the page says
+    assert sum(shares) == 3 * 96 - 3 * 12 and set(shares) == {6}
 
 
 def two_stages(seen):
@@ -105,6 +108,7 @@ def two_stages(seen):
 @pytest.mark.parametrize("name, library", [("lightning_run.py", "lightning"), ("transformers_run.py", "transformers")])
 def test_adapters_run_in_their_libraries(package, name, library, tmp_path):
     pytest.importorskip(library)
+    (tmp_path / "output").mkdir()
     program = PROGRAMS[name] + "\nimport json\nprint(json.dumps([live.seen, live.saved, plan.total_steps]))\n"
     (tmp_path / name).write_text(program)
     environment = {"PYTHONPATH": str(package[0]), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
@@ -114,8 +118,11 @@ def test_adapters_run_in_their_libraries(package, name, library, tmp_path):
     assert two_stages(seen) and saved > 0.3
     assert sum(seen.values()) == 8 * steps
     broken = program.replace("max_steps=plan.total_steps", "max_steps=7")
-    (tmp_path / name).write_text(broken)
-    done = subprocess.run([sys.executable, name], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    (tmp_path / "again" / "output").mkdir(parents=True)
+    (tmp_path / "again" / name).write_text(broken)
+    done = subprocess.run(
+        [sys.executable, name], cwd=tmp_path / "again", env=environment, capture_output=True, text=True
+    )
     assert done.returncode != 0 and f"the plan has {steps} optimizer steps" in done.stderr
 
 
@@ -125,8 +132,9 @@ def test_adapters_are_short():
 
 
 def test_adapters_name_what_is_missing(monkeypatch):
-    for name, library in (("lightning", "lightning"), ("transformers", "transformers accelerate")):
-        for missing in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers"):
+    adapters = (("lightning", "lightning"), ("transformers", "transformers accelerate"), ("accelerate", "accelerate"))
+    for name, library in adapters:
+        for missing in ("lightning", "lightning.pytorch", "pytorch_lightning", "transformers", "accelerate"):
             monkeypatch.setitem(sys.modules, missing, None)
         monkeypatch.delitem(sys.modules, f"curriculum.integrations.{name}", raising=False)
         with pytest.raises(ImportError, match=f"pip install {library}$"):
@@ -240,8 +248,8 @@ def test_a_copy_of_the_model_is_left_alone():
 def test_wrapped_models_whose_parameters_change_are_refused():
     with pytest.raises(ValueError, match=r"VisionTransformer is wrapped.* at input size 32"):
         LiveCurriculum(PLAN, torch.nn.DataParallel(create_model("test_vit", 3, 64)))
-    with pytest.raises(ValueError, match="is wrapped"):
-        LiveCurriculum(PLAN, create_model("test_vit", 3, 64), wrapped=True)
+    with pytest.raises(ValueError, match=r"is wrapped.*as wrap="):
+        LiveCurriculum(PLAN, create_model("test_vit", 3, 64), is_wrapped=True)
     inner = create_model("test_resnet", 3, 64)
     assert LiveCurriculum(PLAN, torch.nn.DataParallel(inner)).model is inner
 

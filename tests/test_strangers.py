@@ -19,10 +19,10 @@ from inputs.folder import FolderIndex
 from models import checkpoints, create_model, load_weights
 from models.checkpoints import BadCheckpoint
 from models.export import main as export
+from models.run_files import read_settings
 from models.schema import check_fields
 from training.optimizer_state import load_optimizer_state
 from training.report import write_report
-from training.run_files import read_settings
 
 OTHER = ["text", -1, 2**70, 1.5, float("nan"), True, None, [], [1], {}, {"a": 1}, {1: 2}, torch.ones(2), [[["x"]]]]
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from config import Config, UsageError, as_usage, load_curriculum
 from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
+from curriculum.device_augment import DeviceAugment
 from curriculum.skeleton import Skeleton
 from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
 from dense.build import make_dense
@@ -25,7 +26,7 @@ from dense.tasks import training_batches as dense_batches
 from dense.transforms import DetectionTest, SegmentationTest
 from engine import Task, Training
 from inputs.bad_files import BadFiles
-from inputs.device import DeviceAugment, DeviceTransform
+from inputs.device import DeviceTransform
 from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity

@@ -32,6 +32,7 @@ class Stage(TypedDict, total=False):
     compute: Required[Number]
     forward_passes: Required[Count | None]
     forward_batch: Required[Count | None]
+    flops: Number | None
 
 
 class Total(TypedDict, total=False):
@@ -49,6 +50,7 @@ class PlanFile(TypedDict, total=False):
     curriculum: Required[Short]
     base_size: Required[Size]
     epochs: Required[Number]
+    devices: Count | None
     stages: Required[Annotated[list[Stage], msgspec.Meta(min_length=1, max_length=1000)]]
     total: Required[Total]
     changes: list[Annotated[str, msgspec.Meta(max_length=100_000)]]
@@ -73,6 +75,7 @@ class Record(TypedDict, total=False):
     test_acc1: Number
     test_acc1_ema: Number
     test_acc5: Number
+    test_acc5_ema: Number
     test_map: Number
     test_map_ema: Number
     test_box_AP: Number | None
