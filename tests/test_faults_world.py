@@ -52,6 +52,27 @@ def test_a_second_run_says_who_holds_the_folder(folder, tmp_path, undisturbed):
     assert same(Run(tmp_path / "run").result(), undisturbed)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_commands_at_once_one_writes(folder, tmp_path, there):
+    """Begun together, into a folder that is not there yet, or is: one refuses, the other one trains as if alone."""
+    if there:
+        (tmp_path / "run").mkdir()
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, "epochs": 2000})
+    programs = [Program(argv, tmp_path / f"log{k}") for k in range(2)]
+    deadline = time.monotonic() + 120
+    while all(program.process.is_alive() for program in programs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (second,) = [program for program in programs if not program.process.is_alive()]
+    (first,) = [program for program in programs if program is not second]
+    assert second.wait() == 1 and "another run writes there" in second.output, second.output
+    first.wait_for("pass 2/")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 75, first.output
+    log = Run(tmp_path / "run").log()
+    assert [record["epoch"] for record in log] == list(range(len(log)))
+
+
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     """Whatever it left in the file; and loader processes that outlive it hold nothing."""
     code = (

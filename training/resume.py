@@ -34,7 +34,6 @@ def pack(
     identity: dict[str, Any],
     config: Config,
     classes: Sequence[str],
-    images: dict[str, Any],
     history: History,
     unwritten: str,
 ) -> dict[str, Any]:
@@ -48,8 +47,6 @@ def pack(
         identity: what the run is (:func:`training.identity.identify`).
         config: all settings, as JSON's types.
         classes: names of the model's outputs.
-        images: of the training and the validation images, what tells whether they are others
-            (:func:`inputs.views.fingerprint`).
         history: what was changed on the way.
         unwritten: lines that log.txt could not take yet.
     """
@@ -67,7 +64,6 @@ def pack(
         "identity": identity,
         "config": plain(config),
         "classes": list(classes),
-        "images": images,
         "progress": training.plan.progress(training.step),
         "logged": history.logged(training.plan, unfinished),
         "trained": trained(training.plan, training.step),
@@ -161,8 +157,8 @@ def adopt(
     it, and with them the input size and the learning rate.
 
     Raises:
-        UsageError: nothing is left of the new plan.
-        ValueError: a checkpoint of an earlier version, which does not say how far its plan was.
+        UsageError: nothing is left of the new plan; or the checkpoint is of an earlier version and does not say how
+            far its plan was.
     """
     state = {"changes": [], "unwritten": "", "logged": None, "progress": None, **state}
     if not found:
@@ -175,7 +171,7 @@ def adopt(
     change["what"] = [" ".join(difference.text.split()) for difference in found]
     if replanned:
         if state["progress"] is None:
-            raise ValueError(
+            raise UsageError(
                 f"{where} is of an earlier version and does not say how much of its plan is done: resume it with the "
                 "settings of then until its next checkpoint, and change them then"
             )

@@ -15,7 +15,6 @@ from curriculum import Pass, Plan, set_input_size
 from datasets import Source, kill_workers
 from engine import Training
 from inputs.bad_files import FILE_NAME, BadFiles
-from inputs.views import fingerprint
 from training.build import evaluated_passes, make_batches
 from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
@@ -72,8 +71,6 @@ class Session:
         self.progress = Progress(plan)
         self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
         self.evaluated = evaluated_passes(plan, config.eval_interval)
-        parts = zip(("train", "val"), self.sources) if topology.is_main else ()
-        self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
@@ -207,7 +204,6 @@ class Session:
                 self.identity,
                 self.config,
                 self.sources[0].classes,
-                self.images,
                 self.history,
                 self.log.waiting,
             ),
