@@ -45,7 +45,7 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     images = _source(config)
     source = drop_unreadable(images, config.max_bad)
     if topology.is_main:
-        for line in (*dropped_line(source), *differing_images(images, content, str(source_of_weights), config)):
+        for line in (*dropped_line(source), *differing_images(images, source, content, str(source_of_weights), config)):
             print(line, file=sys.stderr)
     known = _model_classes(config, content, source)
     columns = _columns(source, known)
@@ -109,19 +109,18 @@ def _source(config: Config) -> Source:
     return open_folder(config.eval_data)
 
 
-def differing_images(source: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
+def differing_images(images: Source, usable: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
     """A line that says that the validation images are not those of the run that wrote a checkpoint, if so."""
     identity = content.get("identity")
     saved = identity.get("validation") if isinstance(identity, dict) else None
     if config.eval_data or not isinstance(saved, dict) or "digest" not in saved:
         return []
-    now = fingerprint(source)
-    if all(saved.get(key) == now[key] for key in ("images", "digest")):
+    counts = [number if isinstance(number, int) else 0 for number in (saved.get("images"), content.get("unusable"))]
+    then, now = counts[0] - counts[1], len(usable)
+    if then == now and saved["digest"] == fingerprint(images)["digest"]:
         return []
-    counts = (
-        f"{saved.get('images')} then, {now['images']} now" if saved.get("images") != now["images"] else "other names"
-    )
-    return [f"warning: the validation images are not those of the run that wrote {where} ({counts}): compare with care"]
+    said = f"{then} then, {now} now" if then != now else "other names"
+    return [f"warning: the validation images are not those of the run that wrote {where} ({said}): compare with care"]
 
 
 def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:

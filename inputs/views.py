@@ -274,15 +274,11 @@ def fingerprint(source: Source) -> dict[str, Any]:
     labels, paths = source.labels(), mix(path_hashes(source))
     of_class = names[labels] if labels.ndim == 1 else labels.astype(np.uint64) @ names
     images = mix(paths ^ mix(of_class))
-    order = _in_order(images) ^ mix(_in_order(names))
+    ordered = np.concatenate([images, names])
+    order = mix(ordered ^ mix(np.arange(len(ordered)))).sum(dtype=np.uint64)
     return {
         "images": len(source),
         "classes": len(source.classes),
         "digest": f"{int(images.sum(dtype=np.uint64)):016x}",
         "order": f"{int(order):016x}",
     }
-
-
-def _in_order(values: np.ndarray) -> np.ndarray:
-    """A number, uint64 (), that follows from uint64 (n,) and their order."""
-    return mix(values ^ mix(np.arange(len(values), dtype=np.uint64))).sum(dtype=np.uint64)

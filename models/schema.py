@@ -87,6 +87,7 @@ class Checkpoint(TypedDict, total=False):
     trained: list[list[Count]]
     changes: list[Change]
     unwritten: str
+    unusable: Count
 
 
 def check_fields(payload: dict[str, Any]) -> None:

@@ -1,13 +1,12 @@
 """A checkpoint of another run is refused with the list of differences, unless they are allowed by name."""
 
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 from conftest import Run, checkpoint_fields, flags, write_images
 
-from config import Config, UsageError
+from config import Config, UsageError, plain
 from config.checks import parse_parts
 from curriculum import build_plan
 from inputs.folder import FolderIndex
@@ -169,7 +168,7 @@ def test_the_same_images_in_another_order_are_other_data(folder):
     """As in shards that were packed anew: step 8 would train on other images."""
     source = FolderIndex(folder / "train")
     config, plan = Config(), build_plan("efficienttrain", epochs=5, num_images=48, batch_size=8)
-    saved = {"config": asdict(config), "identity": identify(config, plan, (source, source), 3)}
+    saved = {"config": plain(config), "identity": identify(config, plan, (source, source), 3)}
     with pytest.raises(UsageError, match=r"of another run: data order was [0-9a-f]{16} and is [0-9a-f]{16}\. Go back"):
         check_same_run(saved, config, identify(config, plan, (Turned(source), source), 3), "x.pth")
     assert check_same_run(saved, config, saved["identity"], "x.pth") == []
@@ -194,7 +193,7 @@ def test_images_of_an_earlier_version_are_compared_in_what_it_says(folder, tmp_p
     if known != "images":
         del state["images"]
     checkpoints.save(tmp_path / "checkpoint-last.pth", state)
-    saved = {**checkpoints.load(tmp_path / "checkpoint-last.pth"), "config": asdict(config)}
+    saved = {**checkpoints.load(tmp_path / "checkpoint-last.pth"), "config": plain(config)}
     assert check_same_run(saved, config, now, "x.pth") == []
     assert ("whether its images were others" in capsys.readouterr().out) == (known != "images")
     with pytest.raises(UsageError, match="data images was 48 and is 47"):

@@ -36,6 +36,7 @@ def pack(
     classes: Sequence[str],
     history: History,
     unwritten: str,
+    unusable: int,
 ) -> dict[str, Any]:
     """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
 
@@ -49,6 +50,7 @@ def pack(
         classes: names of the model's outputs.
         history: what was changed on the way.
         unwritten: lines that log.txt could not take yet.
+        unusable: validation images that cannot be read, and so were never scored.
     """
     model = unwrap(training.model)
     return {
@@ -69,6 +71,7 @@ def pack(
         "trained": trained(training.plan, training.step),
         "changes": history.changes,
         "unwritten": unwritten,
+        "unusable": unusable,
     }
 
 

@@ -206,6 +206,7 @@ class Session:
                 self.sources[0].classes,
                 self.history,
                 self.log.waiting,
+                len(getattr(self.sources[1], "dropped", ())),
             ),
             (training.step, unfinished),
             better,
