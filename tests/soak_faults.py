@@ -181,10 +181,10 @@ def output_gone(rng, launch):
 
 
 def process_stopped(rng, launch):
-    """By SIGSTOP, for longer than --timeout if it is alone, and continued; it has to end as if nothing had been."""
-    seconds = 14 if launch.size == 1 and rng.random() < 0.2 else rng.uniform(0.1, 2)
-    fault = partial(call_before, STEP, stop_for, seconds, count=rng.randint(1, STEPS))
-    launch.start({anyone(rng, launch): fault})
+    """By SIGSTOP, and continued: one for a while, or all for longer than --timeout; as if nothing had been."""
+    long = rng.random() < 0.2
+    fault = partial(call_before, STEP, stop_for, 14 if long else rng.uniform(0.1, 2), count=rng.randint(1, STEPS))
+    launch.start(dict.fromkeys(range(launch.size) if long else [anyone(rng, launch)], fault))
     launch.unharmed = True
 
 

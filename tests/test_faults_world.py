@@ -297,10 +297,25 @@ def stop_for(seconds):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def stop_soon_for(seconds):
+    """The same by another process half a second later: where this one then waits for one that is stopped already."""
+    command = f"sleep 0.5; kill -STOP {os.getpid()}; sleep {seconds}; kill -CONT {os.getpid()}"
+    subprocess.Popen(["sh", "-c", command], start_new_session=True)
+
+
 def test_a_process_that_was_stopped_did_not_hang(folder, tmp_path):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.1)  # 6 s
     program = Program(argv, tmp_path / "log", fault=partial(call_before, STEP, stop_for, 8, count=4))
     assert program.wait(60) == 0, program.output
+
+
+@pytest.mark.extended
+def test_processes_that_were_stopped_together_did_not_hang(folder, tmp_path):
+    """As a cluster suspends a job: what one waited for from the other comes late, after --timeout."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.1)
+    faults = [partial(call_before, STEP, stop_for, 9, count=4), partial(call_before, STEP, stop_soon_for, 8, count=4)]
+    programs = world(argv, tmp_path / "log", 2, faults=dict(enumerate(faults)))
+    assert [program.wait(60) for program in programs] == [0, 0], programs[0].output + programs[1].output
 
 
 def test_the_watchdogs_clock(monkeypatch):

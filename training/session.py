@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from training.logs import Progress, RunLog, duration_text, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import History, Saver, pack
-from training.stopping import Agreement, leave_stop_note
+from training.stopping import WEEK, Agreement, leave_stop_note
 from training.watchdog import Watchdog
 from utils import STOPPED, Topology, from_main, release_memory, unwrap, wrap
 
@@ -79,6 +80,7 @@ class Session:
         self.log = RunLog(self.output if topology.is_main else None, training.step, logged, self.unwritten)
         self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
         self.watchdog.__enter__()
+        self.agreement.wait_for(WEEK)
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
@@ -92,6 +94,7 @@ class Session:
         finally:
             self.watchdog.__exit__(None, None, None)
         if error is None:
+            self.agreement.wait_for(timedelta(minutes=self.config.timeout))
             self.agreement.close()
             self.log.close()
 
