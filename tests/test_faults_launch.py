@@ -16,6 +16,7 @@ from utils import Topology
 
 pytestmark = pytest.mark.extended
 LONG = {**TINY, "epochs": 2000}
+MODEL = LONG.pop("model")  # code of the tests' own: the command line has to name it
 
 
 class TrainSh:
@@ -29,7 +30,7 @@ class TrainSh:
         environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         with open(self.log, "w") as log:
             self.process = subprocess.Popen(
-                [*command, "--output_dir", str(self.output), *flags],
+                [*command, "--output_dir", str(self.output), "--model", MODEL, *flags],
                 cwd=ROOT,
                 env=environment,
                 stdout=log,
