@@ -84,7 +84,7 @@ class Agreement:
         that one watches, they wait for a `WEEK`.
         """
         if self._group is not None:
-            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # torch < 2.13
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its older name
             for group in (None, self._group):
                 set_timeout(timeout, group)
 
