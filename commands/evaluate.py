@@ -42,9 +42,10 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     if config.task in DENSE_TASKS:
         return evaluate_dense(config, topology)
     content = read_weights(source_of_weights)
-    source = drop_unreadable(_source(config), config.max_bad)
+    images = _source(config)
+    source = drop_unreadable(images, config.max_bad)
     if topology.is_main:
-        for line in (*dropped_line(source), *differing_images(source, content, str(source_of_weights), config)):
+        for line in (*dropped_line(source), *differing_images(images, source, content, str(source_of_weights), config)):
             print(line, file=sys.stderr)
     known = _model_classes(config, content, source)
     columns = _columns(source, known)
@@ -108,16 +109,18 @@ def _source(config: Config) -> Source:
     return open_folder(config.eval_data)
 
 
-def differing_images(source: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
+def differing_images(images: Source, usable: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
     """A line that says that the validation images are not those of the run that wrote a checkpoint, if so."""
-    of_run = content.get("images") if isinstance(content.get("images"), dict) else {}
-    saved, now = of_run.get("val"), fingerprint(source)
-    if config.eval_data or not isinstance(saved, dict) or saved == now:
+    identity = content.get("identity")
+    saved = identity.get("validation") if isinstance(identity, dict) else None
+    if config.eval_data or not isinstance(saved, dict) or "digest" not in saved:
         return []
-    counts = (
-        f"{saved.get('images')} then, {now['images']} now" if saved.get("images") != now["images"] else "other names"
-    )
-    return [f"warning: the validation images are not those of the run that wrote {where} ({counts}): compare with care"]
+    counts = [number if isinstance(number, int) else 0 for number in (saved.get("images"), content.get("unusable"))]
+    then, now = counts[0] - counts[1], len(usable)
+    if then == now and saved["digest"] == fingerprint(images)["digest"]:
+        return []
+    said = f"{then} then, {now} now" if then != now else "other names"
+    return [f"warning: the validation images are not those of the run that wrote {where} ({said}): compare with care"]
 
 
 def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:

@@ -50,12 +50,11 @@ def low_frequency_crop(x: torch.Tensor, size: int) -> torch.Tensor:
     rows = _fourier_axis(height, size, real, x.device)
     columns = _fourier_axis(width, size, real, x.device)
     images = x.to(real).reshape(-1, height, width)
-    if x.device.type == "cpu":  # a few images at a time stay in the cache
-        parts = images.split(8 * torch.get_num_threads())
-    else:
-        parts = (images,)
+    # On a CPU a few images at a time stay in the cache.
+    parts = images.split(8 * torch.get_num_threads()) if x.device.type == "cpu" else [images]
     with _full_precision(x.device.type):
-        out = torch.cat([_apply_axes(part, rows, columns) for part in parts])
+        done = [_apply_axes(part, rows, columns) for part in parts]
+    out = torch.cat(done) if len(done) > 1 else done[0]
     out = out.view(*x.shape[:-2], size, size)
     return out.to(x.dtype)
 

@@ -265,12 +265,20 @@ def path_hashes(source: Source) -> np.ndarray:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells two sets of labelled images apart: ``images``, how many, and ``digest`` of relative paths and classes.
+    """What tells two sets of labelled images apart, in plain types: ``images`` and ``classes``, how many; ``digest`` of
+    relative paths and the names of their classes; ``order`` of these images, and of all classes.
 
-    It does not depend on the order of images or of classes, nor on where the data lie. Contents are not read.
+    It does not depend on where the data lie. Contents are not read.
     """
     names = mix(name_hashes(map(str, source.classes)))
     labels, paths = source.labels(), mix(path_hashes(source))
     of_class = names[labels] if labels.ndim == 1 else labels.astype(np.uint64) @ names
-    total = mix(paths ^ mix(of_class)).sum(dtype=np.uint64)
-    return {"images": len(source), "digest": f"{int(total):016x}"}
+    images = mix(paths ^ mix(of_class))
+    ordered = np.concatenate([images, names])
+    order = mix(ordered ^ mix(np.arange(len(ordered)))).sum(dtype=np.uint64)
+    return {
+        "images": len(source),
+        "classes": len(source.classes),
+        "digest": f"{int(images.sum(dtype=np.uint64)):016x}",
+        "order": f"{int(order):016x}",
+    }

@@ -168,8 +168,18 @@ def verify_own(path: str | Path) -> None:
 
 
 def _upgrade(payload: dict[str, Any]) -> dict[str, Any]:
-    """Brings an earlier format to the present one; what it did not record is None."""
-    return {"input_size": None, "identity": None, **payload}
+    """Brings an earlier format to the present one; what it did not record is None.
+
+    Earlier identities have another fingerprint of the images, `images` today's of most of them.
+    """
+    payload = {"input_size": None, "identity": None, **payload}
+    images = payload.pop("images", None)
+    for part, name in (("data", "train"), ("validation", "val")):
+        data = (payload["identity"] or {}).get(part, {})
+        known = images.get(name) if isinstance(images, dict) else None
+        if data.pop("fingerprint", None) and isinstance(known, dict) and known.get("images") == data.get("images"):
+            data["digest"] = known.get("digest")
+    return payload
 
 
 def newest(folder: Path, counts: Callable[[dict[str, Any]], bool] | None = None) -> tuple[Path, dict[str, Any]] | None:

@@ -97,6 +97,7 @@ class Checkpoint(TypedDict, total=False):
     changes: list[Change]
     unwritten: str
     standing: Standing
+    unusable: Count
 
 
 def check_fields(payload: dict[str, Any]) -> None:

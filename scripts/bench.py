@@ -14,18 +14,20 @@ import bench_index
 import bench_input
 import bench_shards
 import torch
-from speed import Photos, compute_of, in_turn, loop_and_bare, run_plan
+from speed import CLASSES, Photos, compute_of, in_turn, loop_and_bare, run_plan
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from config import Config
+from config import Config, UsageError
 from config.command_line import parse_config
 from curriculum import CurriculumSampler, build_plan, low_frequency_crop
 from engine import Training, train_epoch
 from inputs.finish import Finish
 from models import create_model
+from training.build import make_plan
 from training.numerics import LossMeter
 from training.tasks import Classification
+from utils import die
 
 DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo.yaml"
 
@@ -114,8 +116,10 @@ def train(args: argparse.Namespace) -> dict:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     config = load_config(args.recipe, args.flags)
     source = Photos(args.images, (args.side * 3 // 4, args.side))
+    if config.task != "supervised":
+        raise UsageError(f"bench.py train times classifiers; --task is {config.task}")
     ordinary = replace(config, curriculum="none", magnitude="linear")
-    shorter = replace(config, epochs=config.epochs * args.share)
+    shorter = replace(config, epochs=make_plan(ordinary, args.images, CLASSES).epochs * args.share)
     runs = {"curriculum": shorter, "ordinary": ordinary}
     seconds = {name: [] for name in runs}
     for _ in range(args.repetitions):
@@ -154,7 +158,7 @@ def even_size(text: str) -> int:
     return size
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -207,10 +211,14 @@ def main() -> None:
     for command in commands.choices.values():
         command.add_argument("--json", action="store_true", help="print the ratios as one JSON line last")
     args = parser.parse_args()
-    result = args.run(args)
+    try:
+        result = args.run(args)
+    except UsageError as error:
+        return die(error, 2)
     if args.json:
         print(json.dumps(result))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Many short runs with random faults (kills, signals, full disks, damaged files, second writers, changed settings, lost
 # output, hangs); each has to end as if nothing had been. Prints every run's seed, and a summary:
-# scripts/soak.sh [--runs 200] [--minutes 10] [--seed 0] [--jobs 2]
+# scripts/soak.sh [--runs 200] [--minutes 60] [--seed 0] [--jobs 2]
 #
 #   --runs N     runs, each with one to three faults
 #   --minutes M  no more are begun after this

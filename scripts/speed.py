@@ -115,6 +115,7 @@ def compute_of(config: Config, num_images: int) -> float:
 def loop_and_bare(config: Config, size: int, device: torch.device, steps: int, repetitions: int) -> tuple[float, float]:
     """Images/s of the project's loop on synthetic uint8 images, and of a bare loop on float ones on the device."""
     config = replace(config, curriculum="none", input_size=size, epochs=(repetitions + 2) * steps, warmup_epochs=0)
+    config = replace(config, schedule="cosine", lr_steps=None)
     plan, training = build(config, config.batch_size, device)
     batches, records = synthetic(plan, training), iter(plan)
     bare = place(make_model(config, CLASSES, size), device, config.channels_last).train()

@@ -19,9 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-# Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="efficienttrain_tests_")
-atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests; processes that tests
+# start, and that import this again, share it.
+CACHE_PREFIX = "efficienttrain_tests_"
+if not Path(os.environ.get("XDG_CACHE_HOME", "")).name.startswith(CACHE_PREFIX):
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix=CACHE_PREFIX)
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def script(name):

@@ -1,6 +1,7 @@
 """The faults of tests/soak.py: functions of (rng, launch) that start a launch with something going wrong."""
 
 import os
+import random
 import signal
 import threading
 import time
@@ -162,12 +163,14 @@ def second_writer(rng, launch):
 def changed_setting(rng, launch):
     """One that changes the result is refused, and one that does not makes no difference."""
     flag, value = rng.choice([("--lr", "2e-3"), ("--mixup", "0.1"), ("--batch_size", "16"), ("--amp", "bf16")])
+    if newest(launch.output) is None:  # there is nothing yet that it could differ from
+        begun = Launch(launch.argv, launch.folder, launch.size, f"{launch.number}-begun")
+        begun.start(dict.fromkeys(range(launch.size), partial(kill_after_step, rng.randint(STEPS // 2, STEPS))))
+        begun.wait()
     known = newest(launch.output)
-    launch.argv = [*launch.argv, flag, value]
-    if known is None:  # there is nothing yet that it could differ from
-        launch.argv = launch.argv[:-2]
+    launch.argv = [*launch.argv, *((flag, value) if known else ())]  # saving by the clock, it may have saved nothing
     launch.start()
-    launch.refused = known is not None and f"--allow_change {flag[2:]}"
+    launch.refused = known and f"--allow_change {flag[2:]}"
 
 
 def output_gone(rng, launch):
@@ -178,17 +181,21 @@ def output_gone(rng, launch):
 
 
 def process_stopped(rng, launch):
-    """By SIGSTOP, for longer than --timeout if it is alone, and continued; it has to end as if nothing had been."""
-    seconds = 14 if launch.size == 1 and rng.random() < 0.2 else rng.uniform(0.1, 2)
-    fault = partial(call_before, STEP, stop_for, seconds, count=rng.randint(1, STEPS))
-    launch.start({anyone(rng, launch): fault})
+    """By SIGSTOP, and continued: one for a while, or all for longer than --timeout; as if nothing had been."""
+    long = rng.random() < 0.2
+    fault = partial(call_before, STEP, stop_for, 14 if long else rng.uniform(0.1, 2), count=rng.randint(1, STEPS))
+    launch.start(dict.fromkeys(range(launch.size) if long else [anyone(rng, launch)], fault))
     launch.unharmed = True
 
 
 def index_damaged(rng, launch):
     """Flipped bits in the indices of the images, between launches; the launch itself is killed."""
-    for path in sorted(Path(os.environ["XDG_CACHE_HOME"], "efficienttrain").rglob("*")):
-        if path.is_file() and path.suffix != ".lock" and (data := bytearray(path.read_bytes())):
+    cache = Path(os.environ["XDG_CACHE_HOME"], "efficienttrain")
+    paths = [path for path in sorted(cache.rglob("*")) if path.is_file() and path.suffix != ".lock"]
+    if not paths:
+        raise Failure("there is no index that could be damaged")
+    for path in paths:
+        if data := bytearray(path.read_bytes()):
             data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
             damaged = path.with_name(f".damaged-{launch.folder.name}")
             damaged.write_bytes(data)
@@ -212,8 +219,9 @@ FAULTS = {
     newest_checkpoint_damaged: 3,
     loss_not_finite: 2,
     loader_process_killed: 1,
-    process_hanging: 0.5,
+    process_hanging: 1,
 }
+DECK = random.Random(0).sample(list(FAULTS), sum(FAULTS.values()), counts=list(FAULTS.values()))  # dealt in turn
 
 
 def fail_storage(number, error, calls):

@@ -104,11 +104,9 @@ def test_a_checkpoints_order_decides(tmp_path, main_program, capsys):
     source = build_source(Config(data_path=str(tmp_path / "data")), train=True, classes=lexical)
     assert source.classes == lexical and source.name(source.labels().tolist().index(2)).split("/")[-2] == "10"
     # As an earlier version would have written it.
-    from training.identity import fingerprint
-
-    del state["images"], state["format_version"]
+    del state["format_version"]
     state["classes"] = lexical
-    state["identity"]["data"]["fingerprint"] = fingerprint(source)
+    state["identity"]["data"] = {"images": 66, "classes": 11, "fingerprint": "24e1535febe8a928"}
     del state["identity"]["validation"]
     for name in (tmp_path / "run").glob("checkpoint-*.pth"):
         name.unlink()

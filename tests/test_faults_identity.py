@@ -2,15 +2,17 @@
 
 import shutil
 
+import numpy as np
 import pytest
 from conftest import Run, checkpoint_fields, flags, write_images
 
-from config import Config
+from config import Config, UsageError, plain
 from config.checks import parse_parts
 from curriculum import build_plan
 from inputs.folder import FolderIndex
+from inputs.views import View, fingerprint
 from models import checkpoints
-from training.identity import fingerprint, identify
+from training.identity import check_same_run, identify
 
 SETTINGS = {"save_interval": "1 steps", "model": "tests.tiny_models:convnet"}
 
@@ -54,7 +56,7 @@ def test_another_run_is_refused_with_the_difference(main_program, copied, capsys
     change, difference = DIFFERENCES[what]
     before = (copied / "run" / "checkpoint-8.pth").read_bytes()
     argv = flags(**{"output_dir": copied / "run", "data_path": copied / "data", **SETTINGS, **change})
-    assert main_program(argv) == 1
+    assert main_program(argv) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {copied / 'run' / 'checkpoint-8.pth'} is of another run: ") and difference in line
     part = difference.split()[0]
@@ -78,9 +80,9 @@ def test_other_data_is_refused(main_program, copied, capsys, change):
     else:
         (train / "class_2").rename(train / "class_x")
         (copied / "data" / "val" / "class_2").rename(copied / "data" / "val" / "class_x")
-    assert main_program(flags(output_dir=copied / "run", data_path=copied / "data", **SETTINGS)) == 1
+    assert main_program(flags(output_dir=copied / "run", data_path=copied / "data", **SETTINGS)) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "is of another run: " in line and "data fingerprint was " in line and "--allow_change data" in line
+    assert "is of another run: " in line and "data digest was " in line and "--allow_change data" in line
 
 
 def test_another_copy_of_the_data_is_the_same_data(main_program, copied):
@@ -120,7 +122,7 @@ def test_circumstances_may_change(main_program, copied):
 
 def test_allowing_one_does_not_allow_another(main_program, copied, capsys):
     settings = {"output_dir": copied / "run", "data_path": copied / "data", **SETTINGS, "seed": 4, "batch_size": 16}
-    assert main_program(flags(**settings, allow_change="seed")) == 1
+    assert main_program(flags(**settings, allow_change="seed")) == 2
     line = capsys.readouterr().err
     assert "batch_size was 8" in line and "seed was" not in line and "--allow_change batch_size" in line
 
@@ -147,9 +149,59 @@ def test_fingerprints(tmp_path):
     write_images(tmp_path / "a", [3, 3])
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     same = [fingerprint(FolderIndex(tmp_path / name, cache_dir=tmp_path / "cache")) for name in "ab"]
-    assert same[0] == same[1] and len(same[0]) == 16
+    assert same[0] == same[1] and len(same[0]["digest"]) == len(same[0]["order"]) == 16
     (tmp_path / "b" / "class_1" / "02.jpg").rename(tmp_path / "b" / "class_1" / "04.jpg")
-    assert fingerprint(FolderIndex(tmp_path / "b", cache_dir=tmp_path / "cache")) != same[0]
+    assert fingerprint(FolderIndex(tmp_path / "b", cache_dir=tmp_path / "cache"))["digest"] != same[0]["digest"]
+
+
+class Turned(View):
+    """The images of a source from the last to the first."""
+
+    def __init__(self, source):
+        super().__init__(source, np.ones(len(source), dtype=bool))
+
+    def places(self):
+        return super().places()[::-1]
+
+
+def test_the_same_images_in_another_order_are_other_data(folder):
+    """As in shards that were packed anew: step 8 would train on other images."""
+    source = FolderIndex(folder / "train")
+    config, plan = Config(), build_plan("efficienttrain", epochs=5, num_images=48, batch_size=8)
+    saved = {"config": plain(config), "identity": identify(config, plan, (source, source), 3)}
+    with pytest.raises(UsageError, match=r"of another run: data order was [0-9a-f]{16} and is [0-9a-f]{16}\. Go back"):
+        check_same_run(saved, config, identify(config, plan, (Turned(source), source), 3), "x.pth")
+    assert check_same_run(saved, config, saved["identity"], "x.pth") == []
+
+
+def as_before(state, source):
+    """A checkpoint's images as an earlier version noted them."""
+    now = fingerprint(source)
+    state["identity"]["data"] = {"images": now["images"], "classes": 3, "fingerprint": "24e1535febe8a928"}
+    state["identity"]["validation"] = dict(state["identity"]["data"])
+    state["images"] = {part: {"images": now["images"], "digest": now["digest"]} for part in ("train", "val")}
+    return state
+
+
+@pytest.mark.parametrize("known", ["images", "how many"])
+def test_images_of_an_earlier_version_are_compared_in_what_it_says(folder, tmp_path, capsys, known):
+    source = FolderIndex(folder / "train")
+    fewer = View(source, np.arange(48) > 0)
+    config, plan = Config(), build_plan("efficienttrain", epochs=5, num_images=48, batch_size=8)
+    now, changed = (identify(config, plan, (images, images), 3) for images in (source, fewer))
+    state = as_before(checkpoint_fields(identity=dict(now)), source)
+    if known != "images":
+        del state["images"]
+    checkpoints.save(tmp_path / "checkpoint-last.pth", state)
+    saved = {**checkpoints.load(tmp_path / "checkpoint-last.pth"), "config": plain(config)}
+    assert check_same_run(saved, config, now, "x.pth") == []
+    assert ("whether its images were others" in capsys.readouterr().out) == (known != "images")
+    with pytest.raises(UsageError, match="data images was 48 and is 47"):
+        check_same_run(saved, config, changed, "x.pth")
+    renamed = {**now, "data": {**now["data"], "digest": "0" * 16}}
+    if known == "images":
+        with pytest.raises(UsageError, match=r"of another run: data digest was .* and is 0{16}\. Go back"):
+            check_same_run(saved, config, renamed, "x.pth")
 
 
 def test_names_of_parts():

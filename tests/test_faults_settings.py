@@ -133,7 +133,7 @@ CHANGES = {
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_changed_setting_is_refused_by_name(main_program, begun, capsys, name):  # noqa: F811
     settings = {"output_dir": begun / "run", "data_path": begun / "data", **SETTINGS, **CHANGES[name]}
-    assert main_program(flags(**settings)) == 1
+    assert main_program(flags(**settings)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert f"is of another run: {name} was " in line and line.endswith(f"--allow_change {name}")
 
@@ -141,7 +141,7 @@ def test_a_changed_setting_is_refused_by_name(main_program, begun, capsys, name)
 def test_other_validation_images_are_refused(main_program, copied, capsys):  # noqa: F811
     (copied / "data" / "val" / "class_0" / "03.jpg").unlink()
     argv = flags(output_dir=copied / "run", data_path=copied / "data", **SETTINGS)
-    assert main_program(argv) == 1
+    assert main_program(argv) == 2
     line = capsys.readouterr().err
     assert "validation images was 15 and is 14" in line and "--allow_change data" in line
     assert main_program([*argv, "--allow_change", "data"]) == 0
@@ -170,7 +170,7 @@ def test_an_allowed_change_is_kept_and_shown(main_program, copied, capsys):  # n
     assert f"- {run.output}: {line}" in capsys.readouterr().out
     # What was allowed once is the run's from then on; and back again is a change too.
     assert main_program(flags(**settings)) == 0
-    assert main_program(flags(**{**settings, "lr": 1e-3})) == 1
+    assert main_program(flags(**{**settings, "lr": 1e-3})) == 2
 
 
 def test_more_decay_than_none_takes_effect(main_program, folder, tmp_path):

@@ -52,6 +52,27 @@ def test_a_second_run_says_who_holds_the_folder(folder, tmp_path, undisturbed):
     assert same(Run(tmp_path / "run").result(), undisturbed)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_of_two_commands_at_once_one_writes(folder, tmp_path, there):
+    """Begun together, into a folder that is not there yet, or is: one refuses, the other one trains as if alone."""
+    if there:
+        (tmp_path / "run").mkdir()
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, **{**SETTINGS, "epochs": 2000})
+    programs = [Program(argv, tmp_path / f"log{k}") for k in range(2)]
+    deadline = time.monotonic() + 120
+    while all(program.process.is_alive() for program in programs):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    (second,) = [program for program in programs if not program.process.is_alive()]
+    (first,) = [program for program in programs if program is not second]
+    assert second.wait() == 1 and "another run writes there" in second.output, second.output
+    first.wait_for("pass 2/")
+    first.signal(signal.SIGTERM)
+    assert first.wait() == 75, first.output
+    log = Run(tmp_path / "run").log()
+    assert [record["epoch"] for record in log] == list(range(len(log)))
+
+
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     """Whatever it left in the file; and loader processes that outlive it hold nothing."""
     code = (
@@ -276,10 +297,25 @@ def stop_for(seconds):
     os.kill(os.getpid(), signal.SIGSTOP)
 
 
+def stop_soon_for(seconds):
+    """The same by another process half a second later: where this one then waits for one that is stopped already."""
+    command = f"sleep 0.5; kill -STOP {os.getpid()}; sleep {seconds}; kill -CONT {os.getpid()}"
+    subprocess.Popen(["sh", "-c", command], start_new_session=True)
+
+
 def test_a_process_that_was_stopped_did_not_hang(folder, tmp_path):
     argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.1)  # 6 s
     program = Program(argv, tmp_path / "log", fault=partial(call_before, STEP, stop_for, 8, count=4))
     assert program.wait(60) == 0, program.output
+
+
+@pytest.mark.extended
+def test_processes_that_were_stopped_together_did_not_hang(folder, tmp_path):
+    """As a cluster suspends a job: what one waited for from the other comes late, after --timeout."""
+    argv = flags(output_dir=tmp_path / "run", data_path=folder, epochs=1, **SETTINGS, timeout=0.1)
+    faults = [partial(call_before, STEP, stop_for, 9, count=4), partial(call_before, STEP, stop_soon_for, 8, count=4)]
+    programs = world(argv, tmp_path / "log", 2, faults=dict(enumerate(faults)))
+    assert [program.wait(60) for program in programs] == [0, 0], programs[0].output + programs[1].output
 
 
 def test_the_watchdogs_clock(monkeypatch):

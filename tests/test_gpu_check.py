@@ -79,10 +79,13 @@ def test_wheels_are_what_runs_need_beside_the_machines_own(tmp_path):
     assert call[call.index("--python-version") + 1] == "3.12" and call[-1] == str(tmp_path / "wheels")
 
 
-def test_bench_train_tells_rates_and_both_speed_ups(capsys):
+@pytest.mark.parametrize("epochs", ["2", "16 steps"])
+def test_bench_train_tells_rates_and_both_speed_ups(capsys, epochs):
+    """The same budget in epochs and in steps of 8 of 64 images."""
     import bench
 
-    flags = ["--model", "test_resnet", "--model_args", "{}", "--epochs", "2", "--batch_size", "8", "--micro_batch", "8"]
+    flags = ["--model", "test_resnet", "--model_args", "{}", "--batch_size", "8", "--micro_batch", "8"]
+    flags += ["--epochs", epochs]
     args = {"recipe": str(bench.DEMO), "share": 0.5, "images": 64, "side": 80, "steps": 1, "repetitions": 1}
     result = bench.train(SimpleNamespace(**args, flags=[*flags, "--num_workers", "0"]))
     assert set(result["rates"]) == set(result["bare"]) == {"32", "48", "64"}
@@ -90,3 +93,17 @@ def test_bench_train_tells_rates_and_both_speed_ups(capsys):
     assert 1.8 < result["flops"] < 2.2 and result["wall"] > 0
     assert result["share"] == pytest.approx(result["wall"] / result["flops"], abs=0.01)
     assert capsys.readouterr().out.count("a bare loop") == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [(["--warmup_epochs", "500 steps"], "--warmup_epochs 500"), (["--task", "mae"], "--task is mae")],
+)
+def test_bench_train_refuses_what_it_cannot_time(monkeypatch, capsys, flags, said):
+    import bench
+
+    small = ["--images", "64", "--", "--batch_size", "8", "--micro_batch", "8", "--epochs", "16 steps"]
+    monkeypatch.setattr(sys, "argv", ["bench.py", "train", *small, *flags])
+    assert bench.main() == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line

@@ -245,7 +245,9 @@ def test_fingerprints_tell_sets_of_images_apart(tmp_path):
         (tmp_path / name).touch()
     x, y = FolderIndex(tmp_path / "x"), FolderIndex(tmp_path / "y", classes=["b", "a"])
     first = fingerprint(x)
-    assert first["images"] == 3 and first == fingerprint(y)  # nor place nor order of classes matter
+    assert first["images"] == 3 and first["classes"] == 2
+    assert first["digest"] == fingerprint(y)["digest"]  # nor place nor order of classes matter
+    assert first["order"] != fingerprint(y)["order"] and first == fingerprint(FolderIndex(tmp_path / "y"))
     assert fingerprint(View(x, np.array([True, True, False]))) != first
     (tmp_path / "y/b/1.jpg").rename(tmp_path / "y/b/2.jpg")
     assert fingerprint(FolderIndex(tmp_path / "y")) != first

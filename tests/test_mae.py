@@ -510,7 +510,7 @@ def test_settings_that_cannot_work(main_program, folder, tmp_path, capsys, setti
 @pytest.mark.parametrize("change", [{"mae_target": "hog"}, {"mask_ratio": 0.5}, {"task": "supervised"}])
 def test_a_run_does_not_go_on_as_another(pretrained, main_program, folder, capsys, change):
     argv = flags(output_dir=pretrained.output, data_path=folder, **{**MAE, **change})
-    assert main_program(argv) == 1
+    assert main_program(argv) == 2
     error = capsys.readouterr().err
     assert "of another run" in error and next(iter(change)) in error and len(error.splitlines()) == 1
 

@@ -13,7 +13,7 @@ import engine
 pytestmark = pytest.mark.extended
 SETTINGS = {"save_interval": "1 steps", "model_ema": True}
 UNCHANGED = {"mixup": 0, "cutmix": 0, "reprob": 0, "magnitude": "none"}
-MAE = {"task": "mae", "model": "vit_tiny_patch16_224", "decoder": [2, 64, 4], **UNCHANGED}
+MAE = {"task": "mae", "model": "test_vit", "decoder": [2, 32, 4], **UNCHANGED}
 
 
 def compiles_without_code():

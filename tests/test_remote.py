@@ -14,9 +14,9 @@ from inputs.decode import BadImage, decode
 from inputs.readers import open_source
 from inputs.remote import RangeFile, RemoteShards, expand
 from inputs.tar import TarIndex
+from inputs.views import fingerprint
 from tests.buckets import SECRET, WebServer, s3_server, upload, write_shards
 from tests.conftest import Run, flags, same
-from training.identity import fingerprint
 from utils import Unreachable
 
 pytest.importorskip("s3fs")

@@ -2,17 +2,14 @@
 
 import ast
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import ROOT
 
 # Stands in for the environment's Python: notes what it was asked, plays pip, ruff, pytest and venv, counts devices.
 PYTHON = f"""#!/bin/bash
@@ -333,25 +330,3 @@ def test_bench_crop_ends_with_its_ratios(capsys, monkeypatch):
     with pytest.raises(SystemExit) as wrong:
         bench.main()
     assert wrong.value.code == 2
-
-
-@pytest.mark.extended
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_to_the_launcher_saves_and_stops_the_run(folder, tmp_path, number):
-    """For real: scripts/train.sh becomes a torchrun, which passes the signal on to two workers."""
-    recipe = tmp_path / "tiny.yaml"
-    recipe.write_text("".join(f"{key}: {value}\n" for key, value in {**TINY, "epochs": 2000}.items()))
-    output = tmp_path / "out"
-    command = ["bash", "scripts/train.sh", str(recipe), "--nproc", "2", "--data_path", str(folder)]
-    environment = {**os.environ, "VIRTUAL_ENV": sys.prefix, "PYTHONPATH": str(ROOT)}
-    run = subprocess.Popen([*command, "--output_dir", str(output)], cwd=ROOT, env=environment)
-    try:
-        deadline = time.monotonic() + 120
-        while not (output / "log.txt").exists() or not (output / "log.txt").read_text():
-            assert run.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        run.send_signal(number)
-        assert run.wait(60) != 0
-    finally:
-        run.kill()
-    assert (output / "stopped.json").exists() and (output / "checkpoint-last.pth").exists()

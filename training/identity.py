@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
-from config import Config, plain
+from config import Config, UsageError, plain
 from config.checks import parse_parts
 from config.kinds import named
 from curriculum import Plan, Segment
 from datasets import Source
+from inputs.views import fingerprint
 
 OPTIMIZER = tuple(named(Config, "optimizer"))
 DENSE = ("task", "head", "head_args")
@@ -24,7 +22,6 @@ SETTINGS_OF_LATER = ("mask_ratio",)  # in the identity of earlier checkpoints, a
 IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE, *DENSE)
 # Settings that lead to what a key of the identity says, where it has another name.
 NARROWER = {"stages": ("input_size", "crop"), "base_size": ("input_size", "crop"), "classes": ("num_classes",)}
-SAMPLED = 1000  # names of images that a fingerprint looks at, evenly spaced
 
 
 def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes: int) -> dict[str, Any]:
@@ -44,8 +41,8 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
         optimizer["momentum"] = 0.95 if config.opt == "muon" else 0.9
     return {
         "model": {"name": config.model, "classes": classes, "arguments": config.model_args or {}, **plain(task)},
-        "data": _data(sources[0]),
-        "validation": _data(sources[1]),
+        "data": fingerprint(sources[0]),
+        "validation": fingerprint(sources[1]),
         "curriculum": plain(curriculum),
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -56,24 +53,6 @@ def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes
 def _segment(stage: Segment) -> str:
     filtered = "" if stage.radius is None else f", low-pass {stage.radius:g}"
     return f"{stage.input_size} until {stage.until:g}{filtered}" + f", mixing x {stage.mixing:g}" * (stage.mixing != 1)
-
-
-def _data(source: Source) -> dict[str, Any]:
-    return {"images": len(source), "classes": len(source.classes), "fingerprint": fingerprint(source)}
-
-
-def fingerprint(source: Source) -> str:
-    """SHA-256 (its first 16 digits) of class names, all labels, and evenly spaced image names without their folders.
-
-    Another copy of the same data set has the same one; images added, removed, renamed in number or put into another
-    class change it.
-    """
-    sha = hashlib.sha256("\0".join(map(str, source.classes)).encode("utf-8", "surrogateescape"))
-    labels = source.labels()
-    sha.update((np.asarray(labels, dtype="<i8") if labels.ndim == 1 else np.packbits(labels, axis=1)).tobytes())
-    for index in np.linspace(0, len(source) - 1, min(SAMPLED, len(source)), dtype=np.int64).tolist():
-        sha.update(source.name(index).rsplit("/", 1)[-1].encode("utf-8", "surrogateescape") + b"\0")
-    return sha.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -102,7 +81,7 @@ def check_same_run(
         What differs and is allowed to.
 
     Raises:
-        ValueError: they differ in what is not allowed to; lists the differences.
+        UsageError: they differ in what is not allowed to; lists the differences.
     """
     found = differences(saved, config, now)
     allowed = parse_parts(config.allow_change)
@@ -115,7 +94,9 @@ def check_same_run(
         else:
             ways.append(f"resume regardless with --allow_change {','.join(names)}")
         listed = "; ".join(difference.text for difference in refused)
-        raise ValueError(f"{where} is of another run: {listed}. {', '.join(ways[:-1]).capitalize()}, or {ways[-1]}")
+        raise UsageError(f"{where} is of another run: {listed}. {', '.join(ways[:-1]).capitalize()}, or {ways[-1]}")
+    if is_main and "digest" not in (saved["identity"] or {}).get("data", ()):
+        print(f"{where} is of an earlier version: whether its images were others than these it cannot tell", flush=True)
     noted = _settings(saved["config"], config, *named(Config, "free"))
     if noted and is_main:
         print(f"settings that differ from the checkpoint's: {'; '.join(text for _, text in noted)}", flush=True)
@@ -126,11 +107,15 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
     """All in which a checkpoint's run differs from this one, but for circumstances.
 
     A checkpoint of an earlier version is compared in what it says: format 1 has no identity, and a setting that it did
-    not know counts as equal.
+    not know counts as equal. Of its images it may know no more than how many there were.
     """
     found = []
     for part, before in (saved["identity"] or {}).items():
-        for key, text in _compared(before, now.get(part), part):
+        after = now.get(part)
+        if part in ("data", "validation"):
+            known = [key for key in before if key != "order" or before.get("digest") == after["digest"]]
+            before, after = ({key: side.get(key) for key in known} for side in (before, after))
+        for key, text in _compared(before, after, part):
             narrower = NARROWER.get(key, (key,))
             names = dict.fromkeys(("data" if part == "validation" else part, *narrower))
             found.append(Difference(tuple(names), text, part in ("data", "curriculum", "batch_size")))

@@ -34,10 +34,10 @@ def pack(
     identity: dict[str, Any],
     config: Config,
     classes: Sequence[str],
-    images: dict[str, Any],
     history: History,
     unwritten: str,
     standing: dict[str, Any],
+    unusable: int,
 ) -> dict[str, Any]:
     """What a checkpoint holds: all that :func:`restore` and the commands need to take a run up where it is.
 
@@ -49,11 +49,10 @@ def pack(
         identity: what the run is (:func:`training.identity.identify`).
         config: all settings, as JSON's types.
         classes: names of the model's outputs.
-        images: of the training and the validation images, what tells whether they are others
-            (:func:`inputs.views.fingerprint`).
         history: what was changed on the way.
         unwritten: lines that log.txt could not take yet.
         standing: the best evaluation of the stage (:class:`training.early_stop.EarlyStop`).
+        unusable: validation images that cannot be read, and so were never scored.
     """
     model = unwrap(training.model)
     return {
@@ -69,13 +68,13 @@ def pack(
         "identity": identity,
         "config": plain(config),
         "classes": list(classes),
-        "images": images,
         "progress": training.plan.progress(training.step),
         "logged": history.logged(training.plan, unfinished),
         "trained": trained(training.plan, training.step),
         "changes": history.changes,
         "unwritten": unwritten,
         "standing": standing,
+        "unusable": unusable,
     }
 
 
@@ -164,8 +163,8 @@ def adopt(
     it, and with them the input size and the learning rate.
 
     Raises:
-        UsageError: nothing is left of the new plan.
-        ValueError: a checkpoint of an earlier version, which does not say how far its plan was.
+        UsageError: nothing is left of the new plan; or the checkpoint is of an earlier version and does not say how
+            far its plan was.
     """
     state = {"changes": [], "unwritten": "", "logged": None, "progress": None, "standing": {}, **state}
     if not found:
@@ -178,7 +177,7 @@ def adopt(
     change["what"] = [" ".join(difference.text.split()) for difference in found]
     if replanned:
         if state["progress"] is None:
-            raise ValueError(
+            raise UsageError(
                 f"{where} is of an earlier version and does not say how much of its plan is done: resume it with the "
                 "settings of then until its next checkpoint, and change them then"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from curriculum import Pass, Plan, set_input_size
 from datasets import Source, kill_workers
 from engine import Training
 from inputs.bad_files import FILE_NAME, BadFiles
-from inputs.views import fingerprint
 from training.advice import first_was_best
 from training.build import evaluated_passes, make_batches
 from training.curves import WandB
@@ -24,7 +24,7 @@ from training.logs import Progress, RunLog, measure, progress_line, read_log
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import History, Saver, pack
-from training.stopping import Agreement, leave_stop_note
+from training.stopping import WEEK, Agreement, leave_stop_note
 from training.watchdog import Watchdog
 from utils import STOPPED, Topology, duration_text, from_main, release_memory, unwrap, wrap
 
@@ -77,8 +77,6 @@ class Session:
         self.progress = Progress(plan)
         self.end = plan.total_steps if config.stop_after is None else plan.first_after(config.stop_after)
         self.evaluated = evaluated_passes(plan, config.eval_interval)
-        parts = zip(("train", "val"), self.sources) if topology.is_main else ()
-        self.images = {part: fingerprint(source) for part, source in parts}
         self.current: Pass | None = None
 
     def __enter__(self) -> Session:
@@ -89,6 +87,7 @@ class Session:
         self.log = RunLog(folder, training.step, logged, self.unwritten, more)
         self.batches = make_batches(self.config, self.plan, training.sampler, self.sources[0], topology.device)
         self.watchdog.__enter__()
+        self.agreement.wait_for(WEEK)
         return self
 
     def __exit__(self, _kind, error: BaseException | None, _trace) -> None:
@@ -102,6 +101,7 @@ class Session:
         finally:
             self.watchdog.__exit__(None, None, None)
         if error is None:
+            self.agreement.wait_for(timedelta(minutes=self.config.timeout))
             self.agreement.close()
             self.log.close()
 
@@ -231,10 +231,10 @@ class Session:
                 self.identity,
                 self.config,
                 self.sources[0].classes,
-                self.images,
                 self.history,
                 self.log.waiting,
                 self.early_stop.standing,
+                len(getattr(self.sources[1], "dropped", ())),
             ),
             (training.step, unfinished),
             better,

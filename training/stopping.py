@@ -18,6 +18,7 @@ from utils import STOP_SIGNALS, STOPPED, Topology, most_nodes, write_text
 
 STOP_NOTE = "stopped.json"
 ECHO = 1.0  # seconds
+WEEK = timedelta(days=7)
 LAST_WAY_OUT = 120.0  # seconds to save in when the launcher has died
 
 
@@ -75,6 +76,17 @@ class Agreement:
         votes = torch.tensor([float(self.stop_requested), float(save and not save_now)])
         self._pending = (dist.all_reduce(votes, group=self._group, async_op=True), votes)
         return stop_now, save_now
+
+    def wait_for(self, timeout: timedelta) -> None:
+        """Sets how long collective operations wait from now on, these and the default group's.
+
+        Their clock goes on while all processes of a run are stopped (a suspended job), the watchdog's does not: while
+        that one watches, they wait for a `WEEK`.
+        """
+        if self._group is not None:
+            set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout  # its older name
+            for group in (None, self._group):
+                set_timeout(timeout, group)
 
     def close(self) -> None:
         """Lets the last votes arrive; older torch cannot take down a group with an operation in it."""
