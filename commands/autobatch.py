@@ -8,21 +8,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from config import Config, UsageError
+from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment
 from curriculum.device_augment import encode
 from curriculum.sampler import group_sizes
 from engine import finished, forward_loss
 from inputs.transfer import to_device
 from training.build import blank_targets, make_augment, make_training, mixes, place
+from training.scenes import blank_scenes
 from utils import Topology, all_min, most_processes
 
 CUDA_SHARE = 0.92  # of a GPU's memory; the rest is for fragments and what grows in a long run
 HOST_SHARE = 0.5  # of the free main memory, which loader workers and the page cache want too
+
+Call = Callable[[nn.Module, int], Any]
 
 
 def find(
@@ -42,8 +47,10 @@ def find(
     if topology.device.type == "cuda":
         fits = Trial(config, plan, build, topology).fits
     else:
-        fits = Reckoning(build, topology).fits
-    return search(plan, most_processes(topology), mixes(config), fits)
+        call = dense_call(config, plan) if config.task in DENSE_TASKS else call_classifier
+        fits = Reckoning(build, topology, call).fits
+    # Mixing pairs images; UperNet's BatchNorm needs two.
+    return search(plan, most_processes(topology), mixes(config) or config.task == "segmentation", fits)
 
 
 def search(plan: Plan, world_size: int, even: bool, fits: Callable[[int, int], bool]) -> tuple[int, dict[int, int]]:
@@ -53,7 +60,7 @@ def search(plan: Plan, world_size: int, even: bool, fits: Callable[[int, int], b
     if micro_batch is None:
         raise UsageError(
             f"--micro_batch auto: not even {groups[-1] if groups else 2} images of {plan.base_size} pixels fit on a "
-            "device; choose a smaller model or --input_size"
+            "device; choose a smaller model or smaller images"
         )
     forward_batch = {plan.base_size: micro_batch}
     for stage in plan.stages:
@@ -125,11 +132,14 @@ class Blank:
         self.training = make_training(config, plan, sampler, model.train(), model.num_classes)
         self.augment = make_augment(config, plan)
         self.groups = range(images // group)
-        side = plan.loaded_size(model.input_size)
-        if self.augment is not None and config.pipeline == "exact":
-            side = plan.base_size
-        targets = blank_targets(config, images, model.num_classes)
-        self.batch = torch.zeros(images, 3, side, side, dtype=torch.uint8), targets
+        if config.task in DENSE_TASKS:
+            self.batch = blank_scenes(config, plan, images, model.input_size)
+        else:
+            side = plan.loaded_size(model.input_size)
+            if self.augment is not None and config.pipeline == "exact":
+                side = plan.base_size
+            targets = blank_targets(config, images, model.num_classes)
+            self.batch = torch.zeros(images, 3, side, side, dtype=torch.uint8), targets
         if self.device.type == "cuda":
             self.batch = tuple(tensor.pin_memory() for tensor in self.batch)
         slots = RandAugment().num_ops
@@ -160,24 +170,46 @@ class Blank:
             t.ema.update(t.model)
 
 
-class Reckoning:
-    """Where running out of memory cannot be survived: parameters four times over, and what each image keeps."""
+def call_classifier(model: nn.Module, images: int) -> torch.Tensor:
+    return model(torch.zeros(images, 3, model.input_size, model.input_size))
 
-    def __init__(self, build: Callable[[int], nn.Module], topology: Topology) -> None:
-        self.build, self.topology = build, topology
+
+def dense_call(config: Config, plan: Plan) -> Callable[[nn.Module, int], list[torch.Tensor]]:
+    """As :func:`call_classifier`, of a detector or segmenter: its losses of the largest scenes."""
+
+    def call(model: nn.Module, images: int) -> list[torch.Tensor]:
+        blank, scenes = blank_scenes(config, plan, images, model.input_size)
+        return list(model(blank.float(), scenes.sizes, scenes.targets).values())
+
+    return call
+
+
+class Reckoning:
+    """Where running out of memory cannot be survived: parameters four times over, and what each image keeps.
+
+    Args:
+        build: input size -> a fresh model. call: see :func:`kept_bytes`.
+    """
+
+    def __init__(self, build: Callable[[int], nn.Module], topology: Topology, call: Call = call_classifier) -> None:
+        self.build, self.topology, self.call = build, topology, call
         self.free = free_memory(topology.device) / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         self.known: dict[int, tuple[float, float]] = {}
 
     def fits(self, size: int, images: int) -> bool:
         if size not in self.known:
-            self.known[size] = kept_bytes(self.build(size))
+            self.known[size] = kept_bytes(self.build(size), self.call)
         fixed, per_image = self.known[size]
         held = fixed + images * per_image <= self.free
         return bool(all_min(torch.tensor(float(held), device=self.topology.device)))
 
 
-def kept_bytes(model: nn.Module, images: int = 2) -> tuple[float, float]:
-    """Bytes that training holds of the model itself, and for each image (what autograd saves)."""
+def kept_bytes(model: nn.Module, call: Call = call_classifier, images: int = 2) -> tuple[float, float]:
+    """Bytes that training holds of the model itself, and for each image (what autograd saves).
+
+    Args:
+        call: runs a model on so many blank images, and returns what gradients are taken of.
+    """
     own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     seen: dict[int, int] = {}
 
@@ -189,7 +221,7 @@ def kept_bytes(model: nn.Module, images: int = 2) -> tuple[float, float]:
 
     state = torch.get_rng_state()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = model.train()(torch.zeros(images, 3, model.input_size, model.input_size))
+        result = call(model.train(), images)
     del result
     torch.set_rng_state(state)
     fixed = 4.0 * sum(parameter.nbytes for parameter in model.parameters())  # with gradients and Adam's moments

@@ -20,8 +20,9 @@ from torch import nn
 from commands import autobatch
 from commands.autobatch import Blank
 from config import Config
+from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan
-from datasets import Source, build_source
+from datasets import Source
 from inputs.remote import RemoteShards
 from inputs.shards import remote_parts
 from inputs.transfer import to_device
@@ -32,17 +33,19 @@ from training.build import (
     make_sampler,
     make_train_set,
     number_of_classes,
+    open_sources,
 )
+from training.scenes import blank_scenes
 from utils import Topology, duration_text, write_text
 
 SECONDS = 1.5  # spent on each measurement of the host; a training step gets as much after a first one
 IMAGES = 64  # different images that are read again and again: what lies in the page cache, as in later epochs
-VARIANTS = {"as set": {}, "--pipeline fast": {"pipeline": "fast"}, "--augment_on device": {"augment_on": "device"}}
+VARIANTS = {"--pipeline fast": {"pipeline": "fast"}, "--augment_on device": {"augment_on": "device"}}
 
 
 def diagnose(config: Config, topology: Topology) -> int:
     """Measures this machine for the run that the settings describe; trains nothing, keeps nothing."""
-    source = build_source(config, train=True)
+    source, validation = open_sources(config)
     classes = number_of_classes(config, source)
     plan = make_plan(config, len(source), classes)
     build = partial(make_model, config, classes)
@@ -50,8 +53,7 @@ def diagnose(config: Config, topology: Topology) -> int:
         micro_batch, forward_batch = autobatch.find(config, plan, build, topology)
         config = replace(config, micro_batch=micro_batch, forward_batch=forward_batch)
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
-    scored = len(build_source(config, train=False))
-    return examine(config, plan, sampler, source, scored, build, topology)
+    return examine(config, plan, sampler, source, len(validation), build, topology)
 
 
 def examine(
@@ -66,7 +68,8 @@ def examine(
     """Measures, prints the table and the advice, and writes ``speeds.json`` (for ``--plan table --speeds``).
 
     Measured at each of the plan's sizes: a training step on this device, copying a batch to it, and what one loader
-    worker brings (with the settings as they are, with the fast pipeline, and with RandAugment on the device).
+    worker brings (with the settings as they are; for a classifier, with the fast pipeline, and with RandAugment on the
+    device, too).
 
     Args:
         scored: images of an evaluation.
@@ -87,7 +90,8 @@ def examine(
             "step": share / (forward / images * share + update),
             "copy": copy_speed(config, plan, size, images, device),
         }
-        for name, change in VARIANTS.items():
+        variants = {} if config.task in DENSE_TASKS else VARIANTS
+        for name, change in {"as set": {}, **variants}.items():
             row[name] = loader_speed(replace(config, **change), plan, source, size)
         rows.append(row)
         print(describe(row, config.num_workers, cores), flush=True)
@@ -171,9 +175,11 @@ def advice(rows: list[dict[str, Any]], workers: int, cores: int) -> list[str]:
     if needed <= cores:
         return [f"set --num_workers {needed} (for each process): {cores} cores are there, and then loading keeps up"]
     lines.append(f"loading would need {needed} workers at its worst size; a process has {cores} cores here:")
-    for variant in list(VARIANTS)[1:]:
+    for variant in (name for name in VARIANTS if name in rows[0]):
         then = max(workers_needed(row, variant) for row in rows)
         lines.append(f"  {variant}: {then} workers ({'enough' if then <= cores else 'still too many'})")
+    if len(lines) == 1:  # of scenes
+        return [*lines, "  smaller images, or fewer of them at a time, take less"]
     factors = [max(1, math.ceil(row["step"] / (row["as set"] * cores))) for row in rows]
     lines.append(f"  --replay '{json.dumps(factors)}': {cores} workers are enough (a loaded image is used that often)")
     return lines
@@ -195,8 +201,11 @@ def copy_speed(config: Config, plan: Plan, size: int, images: int, device: torch
     """Images per second from main memory to the device; infinite on the CPU, where nothing is copied."""
     if device.type == "cpu":
         return math.inf
-    side = plan.base_size if config.augment_on == "device" else plan.loaded_size(size)
-    batch = torch.zeros(images, 3, side, side, dtype=torch.uint8)
+    if config.task in DENSE_TASKS:
+        batch, _ = blank_scenes(config, plan, images, size)
+    else:
+        side = plan.base_size if config.augment_on == "device" else plan.loaded_size(size)
+        batch = torch.zeros(images, 3, side, side, dtype=torch.uint8)
     batch = batch.pin_memory() if device.type == "cuda" else batch
     return images * repeat(lambda: to_device(batch, device), device)
 

@@ -169,11 +169,9 @@ def _check_dense(config: Config) -> None:
     fitting = ("retinanet", "mask_rcnn", "cascade") if config.task == "detection" else ("upernet",)
     if config.head is not None and config.head not in fitting:
         raise UsageError(f"--head {config.head} does not fit --task {config.task}: choose {' or '.join(fitting)}")
-    for name in ("linear_probe", "doctor", "eval_size", "replay"):
+    for name in ("linear_probe", "eval_size", "replay"):
         if value := getattr(config, name):
             raise UsageError(f"--{name} {str(value).lower()} is for classifiers, not for --task {config.task}")
-    if config.micro_batch == "auto":
-        raise UsageError(f"--micro_batch auto does not know --task {config.task}: give the images of a device")
     if config.train_sides is not None and (not config.train_sides or min(config.train_sides) < 1):
         raise UsageError(f"--train_sides is {config.train_sides}; it needs short sides of images in pixels")
 

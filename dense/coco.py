@@ -40,7 +40,7 @@ class CocoScenes:
     that loader workers share the memory of a large file.
 
     Labels are 0 to C - 1: the places of the categories in the order of their ids, or in ``classes`` by name. Boxes are
-    cut to the image. In training, crowds are dropped, and images without a box left unless ``keep_empty``. Annotations
+    cut to the image. In training, crowds are dropped, and images without a box skipped. Annotations
     that cannot be used are in ``faults``, one line each; what else is worth saying in ``notes``.
 
     Args:
@@ -49,7 +49,6 @@ class CocoScenes:
         train: for training, not for scoring.
         masks: whether each object needs one; without, segmentations are not looked at.
         classes: of the training set; default: the file's own.
-        keep_empty: whether training keeps images without a box.
 
     Raises:
         ValueError: the content is no COCO json, has no images or no categories, or categories that ``classes`` lacks.
@@ -64,7 +63,6 @@ class CocoScenes:
         train: bool,
         masks: bool,
         classes: Sequence[str] | None = None,
-        keep_empty: bool = False,
     ) -> None:
         self.where, self.folder, self.masks = str(where), Path(folder), masks
         self.faults: list[str] = []
@@ -81,7 +79,7 @@ class CocoScenes:
         self._read_annotations(content, {number: label for label, number in self.category_ids.items()}, train)
         if train:
             boxes = np.bincount(self._image, minlength=len(self.ids))
-            self._keep(boxes > 0 if not keep_empty else np.ones(len(self.ids), bool))
+            self._keep(boxes > 0)
         if not self.ids:
             faults = f" ({len(self.faults)} cannot be used, the first: {self.faults[0]})" if self.faults else ""
             raise ValueError(f"{self.where}: no image has a box to train on{faults}")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dense.reading import missing_files, read_image, to_tensor
+from dense.reading import missing_files, read_bytes, read_image, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -133,7 +133,7 @@ def read_labels(path: str | Path, classes: int, void_zero: bool = False) -> np.n
 
 def _read(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_bytes(path)
     except OSError as error:
         raise BadImage(f"the labels {path} cannot be read: {error.strerror}") from error
 

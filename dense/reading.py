@@ -27,7 +27,7 @@ def read_image(path: str | Path, size: tuple[int, int] | None, stated_by: str = 
     Raises:
         OSError, BadImage: no such file; it cannot be decoded or is of another size.
     """
-    data = Path(path).read_bytes()
+    data = read_bytes(path)
     if size is None:
         return decode(data) if _orientation(data) == 1 else _upright(data)
     pixels = decode(data)
@@ -39,8 +39,17 @@ def read_image(path: str | Path, size: tuple[int, int] | None, stated_by: str = 
     raise BadImage(f"the image is {have} pixels, but {stated_by} is for {want}")
 
 
+def read_bytes(path: str | Path) -> bytes:
+    """What a file holds. Raises OSError, or BadImage for a pipe or a device, which may never end."""
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise BadImage("this is no ordinary file")
+    return Path(path).read_bytes()
+
+
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the image as programs show it, from its header; (0, 0) if that cannot be read."""
+    if not os.path.isfile(path):
+        return 0, 0
     try:
         with Image.open(path) as image:
             size = image.height, image.width

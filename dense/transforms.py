@@ -48,6 +48,12 @@ class DetectionTrain:
         self.flip, self.crop_prob = flip, crop_prob
         self.pixels = max(sides) * max_side  # of the largest image that this gives
 
+    def largest(self, size: int, images: int) -> tuple[int, int]:
+        """(height, width) of the largest batch at the curriculum's input size, before it is padded to whole strides:
+        it may hold upright and lying images."""
+        longest = scaled(self.max_side, size, self.base_size)
+        return longest if images > 1 else scaled(max(self.sides), size, self.base_size), longest
+
     def __call__(self, scene: tuple[torch.Tensor, dict], size: int, seed: int) -> tuple[torch.Tensor, dict]:
         image, target = scene
         rng = random.Random(seed)
@@ -126,6 +132,10 @@ class SegmentationTrain:
         padded_labels = torch.full((crop, crop), IGNORED, dtype=torch.uint8)
         padded_labels[:height, :width] = labels
         return padded, padded_labels
+
+    def largest(self, size: int, images: int) -> tuple[int, int]:
+        """(height, width) of a batch at the curriculum's input size."""
+        return (scaled(self.crop, size, self.base_size),) * 2
 
     def _place(self, labels: torch.Tensor, crop: int, rng: random.Random) -> tuple[slice, slice]:
         for _ in range(10):

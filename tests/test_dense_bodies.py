@@ -9,7 +9,8 @@ from timm.models.swin_transformer import SwinTransformer
 from curriculum.skeleton import Skeleton
 from dense.backbones import make_body
 
-SIZES = [(224, 224), (200, 304), (8, 8), (480, 736), (100, 60)]
+OBLONG = [(200, 304), (256, 320), (100, 60), (320, 200), (480, 736)]
+SIZES = [(224, 224), (8, 8), *OBLONG]
 
 
 def oracle_attention(attn, tokens, same):
@@ -103,9 +104,14 @@ def test_swin_is_the_one_of_the_detection_papers_and_timms_is_not(swin, size):
     with torch.no_grad():
         others = timms.forward_intermediates(image, body.indices, intermediates_only=True)
     wrong = [relative(map_[0], right) for map_, right in zip(others, expected)]
-    # At 224 the last stage alone differs, which timm never shifts; elsewhere it rolls before it pads, in every stage.
-    assert wrong[-1] > (0.05 if min(size) > 8 else 0.02)
-    assert max(wrong[:3]) < 1e-5 if size == (224, 224) else min(wrong[:3]) > 1e-3
+    # timm never shifts the last stage: 15 % off at 224, where the others agree. At sizes that are not made of whole
+    # windows it also rolls before it pads, so that the error grows from stage to stage, to 14-20 %.
+    if size in OBLONG:
+        assert wrong == sorted(wrong) and wrong[0] > 3e-3 and wrong[-1] > 0.1
+    elif size == (224, 224):
+        assert max(wrong[:3]) < 1e-5 and wrong[-1] > 0.1
+    else:
+        assert min(wrong[:3]) > 1e-3 and wrong[-1] > 0.02
 
 
 FAMILIES = {

@@ -1,6 +1,7 @@
 """Dense data sets: what is read against scenes whose objects are known; every kind of fault named, counted, bounded."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -371,6 +372,23 @@ def test_an_image_of_another_size_than_the_json_says(tmp_path, made):
     root = changed(tmp_path, made, lambda c: c["images"][0].update(height=700, width=900))
     source = open_coco(root, masks=False)
     with pytest.raises(BadImage, match=r"the image is \d+ x \d+ pixels, but .*instances_train.json is for 900 x 700"):
+        source.read(0)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "device"])
+def test_what_is_no_ordinary_file_is_not_read(kind, tmp_path, made):
+    """Reading a pipe or /dev/zero would never end."""
+    root = changed(tmp_path, made, lambda c: [image.pop("width") for image in c["images"]])
+    path = root / "train/scene_00.jpg"
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    source = open_coco(root, masks=False)
+    with pytest.raises(BadImage, match="this is no ordinary file"):
         source.read(0)
 
 

@@ -6,8 +6,10 @@ import random
 import sys
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -15,7 +17,9 @@ import dense_data
 from dense_data import scenes
 
 from dense.coco import CocoScenes
-from dense.scenes import open_scenes
+from dense.scenes import TrainScenes, open_scenes
+from dense.transforms import DetectionTrain, collate
+from inputs.bad_files import BadFiles
 from inputs.decode import BadImage
 
 CASES = 2000
@@ -108,3 +112,63 @@ def test_mutated_bytes(data_set, tmp_path, capsys):
             assert "\n" not in str(error) and len(str(error)) < 1200
             refused += 1
     assert refused > 20 or data_set == "voc"
+
+
+TEXTS = ("", "0", "-5", "1e999", "nan", "abc", "9" * 11, "0x10", "1_0", "3.7", "disc", "\x85", "é" * 300, "2147483647")
+
+
+def test_mutated_xml(tmp_path, capsys):
+    """Elements of a VOC annotation dropped, doubled, renamed, nested, or with another text; then cut and batched."""
+    dense_data.write_voc(tmp_path, scenes(3))
+    path = tmp_path / "Annotations/trainval_001.xml"
+    text, rng, outcomes = path.read_text(), random.Random(2), {"read": 0, "refused": 0, "faults": 0}
+    for case in range(300):
+        tree = ElementTree.fromstring(text)
+        for _ in range(rng.choice((1, 1, 2, 6))):
+            parent = rng.choice([item for item in tree.iter() if len(item)] or [tree])
+            if not len(parent):
+                break
+            item, action = rng.choice(list(parent)), rng.randrange(6)
+            if action == 0:
+                parent.remove(item)
+            elif action == 1:
+                parent.append(copy.deepcopy(item))
+            elif action == 2:
+                item.tag = rng.choice(("object", "name", "bndbox", "xmin", "size", "other"))
+            elif action == 3:
+                item.append(copy.deepcopy(rng.choice(list(parent))))
+            else:
+                item.text = rng.choice(TEXTS)
+        path.write_bytes(ElementTree.tostring(tree))
+        try:
+            source = open_scenes("detection", "voc", tmp_path, "trainval", train=case % 2 > 0, max_bad=0.9)
+        except ValueError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1200
+            outcomes["refused"] += 1
+            continue
+        outcomes["faults"] += bool(source.faults)
+        assert all("trainval_001" in fault and "\n" not in fault for fault in source.faults)
+        data = TrainScenes(source, DetectionTrain(64, (64, 96), 160), BadFiles(1.0))
+        _, sizes, targets = collate([data[k, 64, None, case] for k in range(len(source))])
+        for (height, width), target in zip(sizes.tolist(), targets):
+            assert (target["boxes"][:, 2:] <= torch.tensor([width, height]) + 1e-3).all()
+            assert (target["boxes"] >= 0).all() and (target["labels"] < len(source.classes)).all()
+        outcomes["read"] += 1
+    assert outcomes["read"] > 200 and outcomes["faults"] > 30, outcomes
+
+
+def test_an_xml_that_grows_or_asks_for_other_files_is_a_fault(tmp_path, capsys):
+    """Entities within entities, another file's text, and 100,000 nested elements."""
+    dense_data.write_voc(tmp_path, scenes(3))
+    path = tmp_path / "Annotations/trainval_001.xml"
+    tens = "".join(f'<!ENTITY a{k + 1} "{f"&a{k};" * 10}">' for k in range(10))
+    (tmp_path / "secret.txt").write_text("disc")
+    for start, name in (
+        (f'<!DOCTYPE a [<!ENTITY a0 "aaaaaaaaaa">{tens}]>', "&a10;"),
+        (f'<!DOCTYPE a [<!ENTITY x SYSTEM "file://{tmp_path}/secret.txt">]>', "&x;"),
+        ("<a>" * 100_000, "disc"),
+    ):
+        path.write_text(f"{start}<annotation><object><name>{name}</name></object></annotation>")
+        source = open_scenes("detection", "voc", tmp_path, "trainval", train=True, max_bad=0.9)
+        (fault,) = source.faults
+        assert "trainval_001.xml: not an xml file: " in fault and len(fault) < 400

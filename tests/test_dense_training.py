@@ -1,12 +1,21 @@
 """Detection and segmentation as runs of main.py: they learn, resume to the bit, and agree on one and two processes."""
 
 import json
+import os
+import signal
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import Run, same
 from dense_data import CLASSES, scenes, write_coco, write_masks
-from processes import world
+from processes import Program, world
+
+from commands import autobatch, doctor
+from training import scenes as scenes_module
+from training.build import make_model
+from training.session import Session
 
 COMMON = {
     "curriculum": "none",
@@ -106,6 +115,39 @@ def test_a_stopped_run_resumes_to_the_bit(whole, data, main_program, tmp_path, t
     assert not same(undisturbed["state"]["model"], half["model"])  # negative control: they were others on the way
 
 
+def kill_at(step):
+    """From now on a run of this process is killed when it has done so many steps, before it saves them."""
+    after_step = Session.after_step
+
+    def killed(self, lr, images):
+        if self.training.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return after_step(self, lr, images)
+
+    Session.after_step = killed
+
+
+def kill_and_resume(whole, data, main_program, folder, task, step):
+    run = argv(task, folder, data, epochs="6 steps", model_ema=True, model_ema_decay=0.5, save_interval="1 steps")
+    assert Program(run, folder / "log", fault=partial(kill_at, step)).wait() == -signal.SIGKILL
+    if step > 1:
+        assert Run(folder).state()["step"] == step - 1
+    assert main_program(run) == 0
+    assert same(whole[task].result(), Run(folder).result())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_killed_run_resumes_to_the_bit(whole, data, main_program, tmp_path, task):
+    kill_and_resume(whole, data, main_program, tmp_path, task, 5)
+
+
+@pytest.mark.extended
+@pytest.mark.parametrize("step", [1, 2, 3, 4, 6])
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_killed_at_any_step_resumes_to_the_bit(whole, data, main_program, tmp_path, task, step):
+    kill_and_resume(whole, data, main_program, tmp_path, task, step)
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_two_processes_end_like_one(data, main_program, tmp_path, task):
     more = {"epochs": "2 steps", "opt": "sgd", "lr": 1e-3}
@@ -149,7 +191,7 @@ def test_evaluation_and_predictions_of_a_checkpoint(whole, data, main_program, t
         ("detection", {"data_set": "ade20k"}, "--data_set ade20k does not fit --task detection"),
         ("detection", {"head_args": '{"chanels": 3}'}, "chanels"),
         ("detection", {"model": "deit_tiny_patch16_224", "model_args": '{"patch_size": 14}'}, "make no pyramid"),
-        ("segmentation", {"micro_batch": "auto"}, "--micro_batch auto does not know --task segmentation"),
+        ("segmentation", {"micro_batch": 1}, "--micro_batch 1: UperNet pools the whole image to one value"),
         ("segmentation", {"schedule": "steps"}, "--schedule steps needs --lr_steps"),
         ("segmentation", {"epochs": "20 passes"}, "--epochs is '20 passes'"),
         ("segmentation", {"model": "mixer_s32_224"}, "--model mixer_s32_224: its feature maps have strides 32"),
@@ -160,6 +202,49 @@ def test_settings_that_cannot_work_are_wrong_usage(data, main_program, tmp_path,
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "images have no box" not in line]
     assert error.startswith("error: ") and message in error
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").glob("checkpoint*"))
+
+
+@pytest.mark.parametrize(("task", "shape"), [("detection", (192, 192)), ("segmentation", (64, 64))])
+def test_groups_are_found_and_a_machine_measured_with_the_largest_scenes(
+    data, main_program, monkeypatch, tmp_path, capsys, task, shape
+):
+    blank, seen = scenes_module.blank_scenes, []
+
+    def watched(*args):
+        images, made = blank(*args)
+        seen.append((tuple(images.shape[-2:]), len(made.sizes)))
+        return images, made
+
+    for module in (autobatch, doctor):
+        monkeypatch.setattr(module, "blank_scenes", watched)
+    monkeypatch.setattr(doctor, "SECONDS", 0.01)
+    assert main_program(argv(task, tmp_path, data, micro_batch="auto", epochs="1 steps")) == 0
+    assert "--micro_batch auto: groups of 4" in capsys.readouterr().out
+    assert main_program(argv(task, tmp_path / "doctor", data, micro_batch="auto", doctor=True, epochs="1 steps")) == 0
+    said = capsys.readouterr().out
+    assert "training step" in said and "the whole run: " in said and "--pipeline fast" not in said
+    assert list(json.loads((tmp_path / "doctor/speeds.json").read_text())["images_per_s"]) == [str(min(shape[0], 96))]
+    assert {size for size, _ in seen} == {shape} and {count for _, count in seen} == {2, 4}
+
+
+def test_memory_is_foreseen_for_the_fullest_scene():
+    """What autograd keeps of the largest batch decides; with less memory, groups are smaller."""
+    from config import Config
+    from curriculum import build_plan
+    from utils import Topology
+
+    options = {"channels": 16, "width": 32, "sampled": 32}
+    config = Config(task="detection", model="resnet18", head_args=options, train_sides=[64], test_side=64, max_side=96)
+    config = replace(config, mixup=0, cutmix=0)
+    plan = build_plan("none", epochs=1, num_images=8, batch_size=4, base_size=64, size_multiple=32)
+    build = partial(make_model, config, 3)
+    fixed, each = autobatch.kept_bytes(build(64), autobatch.dense_call(config, plan))
+    assert fixed == 4 * sum(parameter.nbytes for parameter in build(64).parameters()) and each > 4 * 3 * 96 * 96
+    topology = Topology(0, 1, torch.device("cpu"))
+    for room, groups in ((4.5, 4), (3.5, 2), (1.5, 1)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(autobatch, "free_memory", lambda device, room=room: fixed + room * each)
+            assert autobatch.find(config, plan, build, topology)[0] == groups
 
 
 OVERFIT = {

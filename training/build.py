@@ -138,7 +138,7 @@ def describe_replay(config: Config, plan: Plan) -> list[str]:
 def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> CurriculumSampler:
     """Which images this process trains on, and how an optimizer step is shared out. Raises UsageError."""
     with as_usage():
-        return CurriculumSampler(
+        sampler = CurriculumSampler(
             plan,
             seed=config.seed,
             micro_batch=config.micro_batch,
@@ -147,6 +147,14 @@ def make_sampler(config: Config, plan: Plan, world_size: int, rank: int = 0) -> 
             world_size=world_size,
             even_groups=mixes(config),
         )
+    alone = sampler.micro_batch == 1 and not (world_size > 1 and torch.cuda.is_available())
+    passes = (groups for record in plan for groups in sampler.forward_passes(record))
+    if config.task == "segmentation" and alone and any(len(groups) == 1 for groups in passes):
+        raise UsageError(
+            "--micro_batch 1: UperNet pools the whole image to one value a channel, and BatchNorm needs two or more: "
+            "give the images of a device, 2 or more"
+        )
+    return sampler
 
 
 def mixes(config: Config) -> bool:
@@ -165,7 +173,7 @@ def make_batches(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Training batches for the rest of the run, uint8 images and targets, one per forward pass."""
     if config.task in DENSE_TASKS:
-        scenes = TrainScenes(source, make_scene_transform(config, plan), BadFiles(config.max_bad, config.output_dir))
+        scenes = make_train_set(config, plan, source)
         return dense_batches(scenes, sampler, config.num_workers, device.type == "cuda")
     data, augment = make_train_set(config, plan, source), make_augment(config, plan)
     return training_batches(data, sampler, device, config.num_workers, augment, config.replay_memory * 1e9)
@@ -188,8 +196,11 @@ def make_eval_loader(
     return eval_loader(source, transform, batch, *share)
 
 
-def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
+def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet | TrainScenes:
     """The training images as the loader's workers make them."""
+    bad_files = BadFiles(config.max_bad, config.output_dir)
+    if config.task in DENSE_TASKS:
+        return TrainScenes(source, make_scene_transform(config, plan), bad_files)
     transform = TrainTransform(
         plan.base_size,
         plan.operator,
@@ -201,11 +212,7 @@ def make_train_set(config: Config, plan: Plan, source: Source) -> TrainSet:
         interpolation=config.train_interpolation,
         pipeline=config.pipeline,
     )
-    return TrainSet(
-        source,
-        DeviceTransform(transform) if config.augment_on == "device" else transform,
-        BadFiles(config.max_bad, config.output_dir),
-    )
+    return TrainSet(source, DeviceTransform(transform) if config.augment_on == "device" else transform, bad_files)
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from config import Config, UsageError, as_usage
 from curriculum import Plan
 from datasets import Source
 from dense.scenes import open_scenes
-from dense.transforms import SIDES, DetectionTrain, SegmentationTrain
+from dense.tasks import Scenes
+from dense.transforms import SIDES, DetectionTrain, SegmentationTrain, collate
+
+OBJECTS = 100  # of a blank image: as many as the fullest of COCO have, and more than a second stage samples
 
 
 def head_of(config: Config) -> str:
@@ -52,3 +57,18 @@ def make_scene_transform(config: Config, plan: Plan) -> DetectionTrain | Segment
             sides = config.train_sides or SIDES
             return DetectionTrain(plan.base_size, sides, longest, config.hflip, config.crop_prob)
         return SegmentationTrain(plan.base_size, config.crop, side, longest, flip=config.hflip)
+
+
+def blank_scenes(config: Config, plan: Plan, images: int, size: int) -> tuple[torch.Tensor, Scenes]:
+    """A batch that takes as much time and memory as the largest that training can meet at this input size."""
+    height, width = make_scene_transform(config, plan).largest(size, images)
+    blank = torch.zeros(3, height, width, dtype=torch.uint8)
+    if config.task == "segmentation":
+        target = torch.zeros(height, width, dtype=torch.uint8)
+    else:
+        side = torch.linspace(8, min(height, width), OBJECTS)
+        target = {"boxes": torch.stack([side * 0, side * 0, side, side], 1)}
+        target["labels"] = torch.zeros(OBJECTS, dtype=torch.long)
+        target["masks"] = torch.ones(OBJECTS, height, width, dtype=torch.uint8) if has_masks(config) else None
+    batch, sizes, targets = collate([(blank, target)] * images)
+    return batch, Scenes(sizes, targets)
