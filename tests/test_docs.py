@@ -1,4 +1,4 @@
-"""Every command in README.md, TRAINING.md, EVAL.md and docs/method.md is run, reduced to what a test can bear.
+"""Every command in README.md, TRAINING.md, EVAL.md and two of docs/ is run, reduced to what a test can bear.
 
 The reductions: data are tiny folders in a temporary directory; main.py gets the tiny model and settings of conftest.py
 after the command's own (so they win), inside this process; the shell launchers run with stand-ins for torchrun and
@@ -24,7 +24,7 @@ from test_slurm import Cluster
 
 from tests.buckets import pack, s3_server, upload
 
-PAGES = ("README.md", "TRAINING.md", "EVAL.md", "docs/method.md")
+PAGES = ("README.md", "TRAINING.md", "EVAL.md", "docs/method.md", "docs/frontier.md")
 TESTED_ELSEWHERE = ("scripts/demo.sh", "scripts/test.sh")
 SPEEDS = {"images_per_s": {"96": 5200, "160": 2050, "224": 1060}}
 # Of recipes, what the tiny model does not have or a CPU is too slow for.
