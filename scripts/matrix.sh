@@ -25,7 +25,7 @@ FAST=(
 tests=("${FAST[@]/#/tests/test_}")
 tests=("${tests[@]/%/.py}")
 
-ends=(oldest newest)
+ends=(oldest newest) status=0
 case "${1:-}" in
 oldest | newest) ends=("$1") && shift ;;
 esac
@@ -40,7 +40,7 @@ python_for() {
             return
         fi
     done
-    echo "error: no ${candidates[*]}: install it, or name an interpreter in ${1^^}_PYTHON" >&2
+    echo "error: no ${candidates[*]}: install it, or name an interpreter (scripts/matrix.sh --help)" >&2
     return 1
 }
 
@@ -51,18 +51,19 @@ for end in "${ends[@]}"; do
         "$base" -m venv --clear "$environment"
     fi
     wanted="$environment/wanted.txt"
-    # Names and bounds alone; at the oldest end each bound is the version.
-    sed 's/ *#.*//; /^$/d' "$ROOT/requirements.txt" >"$wanted"
-    [ "$end" = newest ] || sed -i.all 's/,<.*//; s/>=/==/' "$wanted"
+    versions=''
+    [ "$end" = newest ] || versions='s/,<.*//; s/>=/==/' # each lower bound is the version
+    sed "s/ *#.*//; /^\$/d; $versions" "$ROOT/requirements.txt" >"$wanted"
     if ! cmp -s "$wanted" "$environment/installed.txt"; then
         echo "installing the $end packages into $environment"
         "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade -r "$wanted"
         cp "$wanted" "$environment/installed.txt"
     fi
     "$environment/bin/python" -c "
-import platform, numpy, timm, torch, torchvision
-found = {'torch': torch, 'torchvision': torchvision, 'timm': timm, 'numpy': numpy}
-print('$end: Python', platform.python_version(), *(f'{name} {module.__version__}' for name, module in found.items()))"
+import platform, importlib.metadata
+names = ('torch', 'torchvision', 'timm', 'numpy')
+print('$end: Python', platform.python_version(), *(f'{name} {importlib.metadata.version(name)}' for name in names))"
     (cd "$ROOT" && OMP_NUM_THREADS=1 "$environment/bin/python" -m pytest -p no:cacheprovider \
-        "${tests[@]}" "$@")
+        "${tests[@]}" "$@") || status=1
 done
+exit "$status"
