@@ -128,8 +128,10 @@ class _Trial:
         if windowed and hasattr(self.model, "set_input_size") and size % getattr(self.model, "size_multiple", 1):
             return "its windows would need padding"
         reason = self.attempt(size, "meta")
-        # A few models compute with values in forward, which meta tensors lack at any size: only a real pass tells.
-        return self.attempt(size, "cpu") if reason is not None and not self.runs_on_meta else reason
+        # A few models compute with values in forward or, before torch 2.5, in resizing, which meta tensors lack: only a
+        # real pass tells.
+        unsure = reason is not None and ("meta" in reason or not self.runs_on_meta)
+        return self.attempt(size, "cpu") if unsure else reason
 
     @cached_property
     def runs_on_meta(self) -> bool:

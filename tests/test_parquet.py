@@ -6,6 +6,7 @@ import pickle
 import resource
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -65,10 +66,15 @@ def test_rows_by_number(data):
         source.read(60)
 
 
+def read_all(source, batch):
+    """A function of the module: from Python 3.14 on, workers get it pickled."""
+    return [source.read(index) for index in batch]
+
+
 def test_the_workers_of_a_loader_read_them(data):
     source = open_source("parquet", data, "train")
     source.read(0)
-    loader = DataLoader(range(60), num_workers=2, collate_fn=lambda batch: [source.read(i) for i in batch], timeout=60)
+    loader = DataLoader(range(60), num_workers=2, collate_fn=partial(read_all, source), timeout=60)
     assert [each for batch in loader for each in batch] == [jpeg(i % 3, i) for i in range(60)]
 
 

@@ -286,7 +286,8 @@ def requirements():
 
 def imported_modules():
     """Top-level modules that a file of the repository imports when it is itself imported."""
-    folders = [folder for folder in ROOT.iterdir() if folder.is_dir() and not folder.name.startswith(".")]
+    apart = {"docs", "build"}  # the site's own packages are in requirements-extended.txt
+    folders = [path for path in ROOT.iterdir() if path.is_dir() and path.name[0] != "." and path.name not in apart]
     files = [*ROOT.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
     own = {path.stem for path in files} | {folder.name for folder in folders}
     found = {}

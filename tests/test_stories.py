@@ -146,15 +146,3 @@ def test_contributing(follow, tmp_path, main_program):
     assert main_program(["--recipe", "my_recipe.yaml", *reduced]) == 0
     log = [json.loads(line) for line in (tmp_path / "run/log.txt").read_text().splitlines()]
     assert log[0]["input_size"] == 40 and log[-1]["input_size"] == 64
-
-
-def test_links_lead_somewhere():
-    for page in (
-        "README.md",
-        "TRAINING.md",
-        "EVAL.md",
-        "CONTRIBUTING.md",
-        *(f"docs/{name}.md" for name in ("tutorial", "own_loop", "method")),
-    ):
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", (ROOT / page).read_text()):
-            assert "://" in target or ((ROOT / page).parent / target).exists(), f"{page}: {target}"
