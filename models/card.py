@@ -20,7 +20,7 @@ from .run_files import check_records, read_environment, read_plan, read_settings
 
 PER_IMAGE = 6  # FLOPs of training for each multiply-add of a forward pass: two, and twice that backward
 _OWN_FOLDER = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")  # how a path begins that says where somebody's files lie
-FINGERPRINT = ("images", "classes", "fingerprint")  # of a data set, as training/identity.py makes it
+FINGERPRINT = ("images", "classes", "digest", "order")  # of a data set, as training/identity.py makes it
 SCORES = {"acc1": "top-1, %", "acc5": "top-5, %", "map": "mAP, %", "real_acc1": "ReaL top-1, %", "loss": "loss"}
 
 

@@ -213,8 +213,8 @@ class Touch:
 def test_checkpoint_of_another_model(refused, tmp_path, folder, copied):
     last = copied / "checkpoint-last.pth"
     other = {"data_path": folder, "model": "tests.tiny_models:plain"}
-    refused(1, "model", "tests.tiny_models:plain", **other, output_dir=tmp_path / "new", resume=last)
-    refused(1, "model", "tests.tiny_models:plain", **other, output_dir=copied)
+    refused(2, "model", "tests.tiny_models:plain", **other, output_dir=tmp_path / "new", resume=last)
+    refused(2, "model", "tests.tiny_models:plain", **other, output_dir=copied)
     assert not (tmp_path / "new").exists()
     refused(1, "checkpoint-last.pth", **other, eval=True, resume=last)
 

@@ -122,7 +122,7 @@ def test_the_card_says_what_the_run_s_files_say(finished, tmp_path, capsys):
     assert about["data"]["data"] == state["identity"]["data"] and about["step"] == state["step"]
     assert about["recipe"]["lr"] == 1e-3 and "output_dir" not in about["recipe"] and "opt" not in about["recipe"]
     readme = (out / "README.md").read_text()
-    for text in (state["identity"]["data"]["fingerprint"], f"{scores['acc1']:.2f}", "lr: 0.001", "not stated"):
+    for text in (state["identity"]["data"]["digest"], f"{scores['acc1']:.2f}", "lr: 0.001", "not stated"):
         assert text in readme
     assert str(finished.output.parent) not in readme  # nobody's paths
     with torch.no_grad():  # the card's own lines
@@ -283,7 +283,7 @@ def test_odd_contents_make_a_card_all_the_same():
         "step": 1,
         "classes": ["a|b"],
         "config": {"model": "x", "model_args": {"a": torch.zeros(2)}, "finetune": "/home/me/secret/weights.pth"},
-        "identity": {"data": {"images": torch.zeros(1), "fingerprint": "a|b", "more": 1}},
+        "identity": {"data": {"images": torch.zeros(1), "digest": "a|b", "more": 1}},
         "trained": [[32], [48, 8, 5, 7]],
     }
     about = facts("nowhere/checkpoint.pth", content, "model")

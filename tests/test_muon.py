@@ -150,5 +150,5 @@ def test_a_momentum_that_was_not_stated_is_no_change(train, main_program, folder
     train("sgd", opt="sgd", momentum=0.9)
     train("muon", opt="muon", stop_after="3 steps")
     command = flags(output_dir=tmp_path / "muon", data_path=folder, opt="muon", momentum=0.9)
-    assert main_program(command) == 1
+    assert main_program(command) == 2
     assert "momentum was 0.95 and is 0.9" in capsys.readouterr().err

@@ -360,13 +360,13 @@ def normalised(setting, value, default):
 
     @special(setting)
     def _(make):
-        taken = []
+        taken, checkpoint = [], make.checkpoint  # the run that makes it is not what is looked at
         spy = lambda **words: taken.append(words[setting]) or Finish(**words)  # noqa: E731
         make.monkeypatch.setattr(training.build, "Finish", spy)
         for stated in ({setting: value}, {}):
             taken.clear()
-            assert make(**stated).training and make(finetune=make.checkpoint, **stated).training
-            weights = {"resume": make.checkpoint, "input_size": 32, "predict": str(make.folder / "val"), **stated}
+            assert make(**stated).training and make(finetune=checkpoint, **stated).training
+            weights = {"resume": checkpoint, "input_size": 32, "predict": str(make.folder / "val"), **stated}
             assert commands.evaluate.evaluate_weights(make(**weights).config, CPU) == 0
             assert predict(make(**weights).config, {"model", *stated}, CPU) == 0
             assert len(taken) >= 4 and set(taken) == {stated.get(setting, default)}

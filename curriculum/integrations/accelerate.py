@@ -43,11 +43,11 @@ def follow(
 
     def save(models: Any, weights: Any, folder: str) -> None:
         if accelerator.is_main_process:
-            (Path(folder) / STATE).write_text(json.dumps(live.state_dict()))
+            (Path(folder) / STATE).write_text(json.dumps(live.state_dict()), encoding="utf-8")
 
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(
-        lambda models, folder: live.load_state_dict(json.loads((Path(folder) / STATE).read_text()))
+        lambda models, folder: live.load_state_dict(json.loads((Path(folder) / STATE).read_text(encoding="utf-8")))
     )
     accelerator.register_for_checkpointing(model)
     return live

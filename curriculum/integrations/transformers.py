@@ -43,7 +43,7 @@ class Curriculum(TrainerCallback):
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
         """Gives the model the size of a checkpoint's weights, which ``trainer.train`` loads next."""
-        self._resumed = json.loads((Path(checkpoint) / STATE).read_text())
+        self._resumed = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         live = self._make(model)
         live.load_state_dict(self._resumed)
         live.close()
@@ -66,7 +66,7 @@ class Curriculum(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            (checkpoint / STATE).write_text(json.dumps(self.live.state_dict()))
+            (checkpoint / STATE).write_text(json.dumps(self.live.state_dict()), encoding="utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
         """The record of this moment, in ``trainer.state.log_history`` too, gets the input size."""
