@@ -128,7 +128,7 @@ def test_adapters_run_in_their_libraries(package, name, library, tmp_path):
 
 def test_adapters_are_short():
     for path in (ROOT / "curriculum" / "integrations").glob("*.py"):
-        assert len(path.read_text().splitlines()) < 100, path.name
+        assert len(path.read_text().splitlines()) < 110, path.name
 
 
 def test_adapters_name_what_is_missing(monkeypatch):

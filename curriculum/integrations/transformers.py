@@ -42,11 +42,14 @@ class Curriculum(TrainerCallback):
         self._resumed: dict[str, Any] | None = None
 
     def resume(self, model: nn.Module, checkpoint: str | Path) -> None:
-        """Gives the model the size of a checkpoint's weights, which ``trainer.train`` loads next."""
+        """Gives the model the size of a checkpoint's weights, and the weights: ``trainer.train`` loads them next, but
+        in transformers 5 not those whose names ``save_pretrained`` changed (all layers of a ViT), and only warns."""
         self._resumed = json.loads((Path(checkpoint) / STATE).read_text(encoding="utf-8"))
         live = self._make(model)
         live.load_state_dict(self._resumed)
         live.close()
+        if hasattr(model, "from_pretrained"):
+            model.load_state_dict(type(model).from_pretrained(checkpoint).state_dict())
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **kwargs: Any) -> None:
         """Raises ValueError where the Trainer's steps are not the plan's, or the model cannot take its sizes."""
