@@ -294,7 +294,7 @@ def test_a_segmenter_learns_what_it_is_taught(main_program, tmp_path):
 
 @pytest.mark.extended
 def test_a_detector_learns_what_it_is_taught(main_program, tmp_path):
-    found = learn(main_program, tmp_path / "a", "detection")
+    found = learn(main_program, tmp_path / "a", "detection", epochs="260 steps")
     assert found["test_box_AP"] > 90 and found["test_mask_AP"] > 80
     assert learn(main_program, tmp_path / "b", "detection", shuffled=True)["test_box_AP"] < 30
 
