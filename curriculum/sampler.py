@@ -46,7 +46,7 @@ class CurriculumSampler(Sampler):
     Args:
         plan: from :func:`curriculum.build_plan`.
         seed: the run's seed.
-        micro_batch: images per group; None: the first of :func:`group_sizes`, which is one group per process and step
+        micro_batch: images per group; None: the first of ``group_sizes``, which is one group per process and step
             at the base batch if that divides.
         forward_batch: most images of one forward pass, by input size; default: as many groups as cost what one costs at
             the base size.
