@@ -256,7 +256,7 @@ class OptimConfig:
     opt_eps: Stateful[float | None] = None
     """Optimizer's epsilon; default: the optimizer's own."""
     opt_betas: Stateful[tuple[float, float] | None] = None
-    """Adam's or LAMB's betas; default: (0.9, 0.999)."""
+    """Adam's or LAMB's betas; default: (0.9, 0.999), (0.9, 0.95) of what AdamW trains beside Muon."""
     momentum: Stateful[float | None] = None
     """SGD's or Muon's momentum; default: 0.9, Muon's 0.95."""
     fallback_lr_scale: Learned[float | None] = None

@@ -128,7 +128,7 @@ class _Trial:
         if windowed and hasattr(self.model, "set_input_size") and size % getattr(self.model, "size_multiple", 1):
             return "its windows would need padding"
         reason = self.attempt(size, "meta")
-        # A few models compute with values in forward or, before torch 2.5, in resizing, which meta tensors lack: only a
+        # A few models compute with values in forward or, in torch 2.4, in resizing, which meta tensors lack: only a
         # real pass tells.
         unsure = reason is not None and ("meta" in reason or not self.runs_on_meta)
         return self.attempt(size, "cpu") if unsure else reason

@@ -152,8 +152,8 @@ class ParityReport:
         )
         lines += ["## Points", "", *self.points_table(), "", interval, ""]
         lines += [RULE, ""]
-        alone = [flag for flag, tried in (("--lrs", self.parity.lrs), ("--batches", self.parity.batches)) if
-                 len(tried) == 1]  # fmt: skip
+        tried = {"--lrs": self.parity.lrs, "--batches": self.parity.batches}
+        alone = [flag for flag, values in tried.items() if len(values) == 1]
         if alone:
             lines += [f"{' and '.join(alone)} had one value: that was not tuned, in any arm.", ""]
         if self.parallel > 1:
@@ -257,10 +257,11 @@ def arm_names(paths: Sequence[str]) -> list[str]:
     Raises:
         ValueError: a recipe is named twice.
     """
-    if again := [path for number, path in enumerate(paths) if Path(path).resolve() in
-                 {Path(one).resolve() for one in paths[:number]}]:  # fmt: skip
-        raise ValueError(f"{again[0]} is named twice; name each recipe once")
-    parts = [Path(path).resolve().with_suffix("").parts for path in paths]
+    resolved = [Path(path).resolve() for path in paths]
+    for number, path in enumerate(paths):
+        if resolved[number] in resolved[:number]:
+            raise ValueError(f"{path} is named twice; name each recipe once")
+    parts = [path.with_suffix("").parts for path in resolved]
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):

@@ -12,7 +12,7 @@ from torch import nn
 from config import Config
 from models import param_groups
 from models.cswin import CSWin  # noqa: F401 (registers the models)
-from training.build import make_optimizer
+from training.build import has_batch_norm, make_optimizer
 from training.muon import Muon, as_matrix, newton_schulz
 
 
@@ -127,6 +127,12 @@ def test_what_adamw_trains_learns_slower_where_there_is_batch_norm(name, scale):
     for given, right in ((None, scale), (0.5, 0.5)):
         groups = make_optimizer(Config(opt="muon", fallback_lr_scale=given), model).param_groups
         assert {group["matrix"]: group["lr_scale"] for group in groups} == {True: 1.0, False: right}
+
+
+def test_a_probe_s_batch_norm_is_not_the_body_s():
+    model = timm.create_model("test_vit")
+    model.head = nn.Sequential(nn.BatchNorm1d(64, affine=False), nn.Linear(64, 3))
+    assert not has_batch_norm(model) and has_batch_norm(timm.create_model("test_resnet"))
 
 
 def test_a_convolution_is_seen_as_a_matrix_without_a_copy():

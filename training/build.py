@@ -248,7 +248,7 @@ def make_optimizer(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def has_batch_norm(model: nn.Module) -> bool:
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+    return any(isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) for module in model.modules())
 
 
 def make_finish(config: Config, num_classes: int, operator: str) -> Finish:
