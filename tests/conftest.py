@@ -19,6 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Under nohup: tests outlive their terminal as before, but what they start does not inherit that SIGHUP is ignored.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 # Indices of the tests' data sets are kept here, not in the cache folder of whoever runs the tests; processes that tests
 # start, and that import this again, share it.
 CACHE_PREFIX = "efficienttrain_tests_"
