@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import multiprocessing
 import os
@@ -28,10 +29,7 @@ from config.urls import redact
 
 STOP_SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGXCPU")  # each saves and stops
 STOPPED = 75  # exit code: stopped by a signal after saving; the same command continues (EX_TEMPFAIL)
-
-
-# What a process says that waited for another one in vain.
-LOST = ("lost another process of this run", "the processes cannot connect")
+LOST = ("lost another process of this run", "the processes cannot connect")  # said after waiting for one in vain
 
 
 class Unreachable(RuntimeError):
@@ -94,6 +92,11 @@ def init_topology(device: str, deterministic: bool, tf32: bool, timeout: timedel
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
+    elif (
+        kind == "cpu"
+    ):  # a step reuses the memory of the one before; the kernel gives it page by page
+        for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            _glibc("mallopt", threshold, 1 << 30)
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
@@ -212,6 +215,13 @@ def release_memory(device: torch.device) -> None:
     """Gives back what the allocator holds in blocks of the sizes of a stage that is over."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
+    elif device.type == "cpu":
+        _glibc("malloc_trim", 0)
+
+
+def _glibc(name: str, *arguments: int) -> None:
+    with suppress(AttributeError, OSError, TypeError):  # another C library
+        getattr(ctypes.CDLL(None), name)(*arguments)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -291,8 +301,7 @@ def prepare_streams() -> None:
 
 
 def explain(error: Exception) -> str | None:
-    """One line about an error of the machine rather than of the code: a process that died, memory, the network; None
-    for others."""
+    """One line about an error of the machine, not of the code: a dead process, memory, the network; None for others."""
     if isinstance(error, Unreachable):
         return str(error)
     text = " ".join(str(error).split())
@@ -332,8 +341,7 @@ def die(message: str | Exception, code: int = 1) -> int:
 
     torchrun gets it too, for its own report.
     """
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if several else ""
+    who = f"[rank {os.environ['RANK']} on {socket.gethostname()}] " if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
     line = f"error: {who}{redact(' '.join(str(message).split()))}"
     with suppress(OSError):
         print(line, file=sys.stderr, flush=True)

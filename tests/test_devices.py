@@ -1,6 +1,10 @@
 """Which device a process takes and how precisely it computes, on faked machines; what errors of the network say."""
 
 import os
+import platform
+import resource
+import subprocess
+import sys
 from datetime import timedelta
 
 import pytest
@@ -103,3 +107,43 @@ def test_any_recipe_can_extend_the_gpu_fragment(tmp_path, recipe):
     fragment = {"amp": "bf16", "channels_last": True, "compile": True, "tf32": True}
     assert mine == {**theirs, **fragment}
     parse_config(["--recipe", str(path)])
+
+
+MEMORY = """
+import resource, sys, torch, utils
+from datetime import timedelta
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        held = [torch.ones(size << 18) for size in (24, 48, 72)]  # 144 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * resource.getpagesize() / 2**20
+
+if sys.argv[1] == "kept":
+    utils.init_topology("cpu", False, True, timedelta(minutes=1))
+faults(1)
+again, held = faults(10), resident()
+utils.release_memory(torch.device("cpu"))
+print(again, held - resident())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library's allocator")
+def test_memory_of_a_step_serves_the_next_on_cpus():
+    """Else the kernel hands it out anew at each step. After a stage it is given back."""
+
+    def measure(how):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, how], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+        )
+        return [float(number) for number in done.stdout.split()]
+
+    pages = 144 * 2**20 / resource.getpagesize()
+    (kept, released), (anew, _) = measure("kept"), measure("as it is")
+    assert kept < 0.2 * 10 * pages and released > 100
+    assert anew > 2 * kept  # negative control; huge pages would make it fewer than 10 * pages
