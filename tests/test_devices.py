@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import subprocess
 import sys
 from datetime import timedelta
@@ -125,7 +124,7 @@ def resident():
 
 if sys.argv[1] == "kept":
     utils.init_topology("cpu", False, True, timedelta(minutes=1))
-faults(1)
+faults(3)
 again, held = faults(10), resident()
 utils.release_memory(torch.device("cpu"))
 print(again, held - resident())
@@ -143,7 +142,5 @@ def test_memory_of_a_step_serves_the_next_on_cpus():
         )
         return [float(number) for number in done.stdout.split()]
 
-    pages = 144 * 2**20 / resource.getpagesize()
     (kept, released), (anew, _) = measure("kept"), measure("as it is")
-    assert kept < 0.2 * 10 * pages and released > 100
-    assert anew > 2 * kept  # negative control; huge pages would make it fewer than 10 * pages
+    assert kept < 0.5 * anew and released > 100  # MiB
