@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
-from config import Config, load_curriculum, plain
+from config import Config, plain
 from curriculum import Curriculum, Plan
-from curriculum.presets import resolve, round_to
+from curriculum.presets import round_to
 from datasets import build_source
 from studies.trials import Laboratory, Trial
 from training.build import make_model, make_plan, number_of_classes
@@ -73,9 +73,7 @@ class Study:
 
     def curriculum(self) -> dict[str, Any]:
         """The configuration's own curriculum, as a mapping."""
-        resolved = resolve(load_curriculum(self.config.curriculum), self.config.input_size, self.size_multiple)
-        changes = {key: getattr(self.config, key) for key in ("operator", "magnitude") if getattr(self.config, key)}
-        return as_mapping(replace(resolved, **changes))
+        return as_mapping(self.plan(self.config).curriculum)
 
 
 def as_mapping(curriculum: Curriculum) -> dict[str, Any]:
