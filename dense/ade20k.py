@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dense.masks import LabelMaps
+from dense.masks import LabelMaps, check_order
 
 CLASSES = 150
 NAMES_FILE = "objectInfo150.txt"
@@ -22,7 +22,10 @@ def open_ade20k(root: str | Path, split: str, classes: Sequence[str] | None = No
         ValueError: no such folders.
     """
     root = Path(root)
-    names = list(classes) if classes is not None else _names(root / NAMES_FILE)
+    names = _names(root / NAMES_FILE)
+    if classes is not None:
+        check_order(root / NAMES_FILE, names, classes)
+        names = list(classes)
     return LabelMaps(root / "images" / split, root / "annotations" / split, names, void_zero=True)
 
 

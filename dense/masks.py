@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dense.reading import missing_files, read_bytes, read_image, to_tensor
+from dense.reading import check_image, missing_files, read_bytes, read_image, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -54,6 +54,11 @@ class LabelMaps:
         labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
         return to_tensor(read_image(self.images[i], labels.shape, self.label_paths[i])), torch.from_numpy(labels)
 
+    def check(self, i: int) -> None:
+        """Raises as :meth:`read` where one of the files cannot be used."""
+        labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
+        check_image(self.images[i], labels.shape, self.label_paths[i])
+
     def name(self, i: int) -> str:
         return self.images[i]
 
@@ -88,7 +93,24 @@ def open_masks(root: str | Path, split: str, classes: Sequence[str] | None = Non
     if found is None:
         tried = ", or ".join(" and ".join(str(folder.relative_to(root)) for folder in pair) for pair in places)
         raise ValueError(f"--data_path {root}: there are no folders {tried}")
-    return LabelMaps(*found, classes if classes is not None else read_classes(root / "classes.txt"))
+    names = root / "classes.txt"
+    if classes is not None and names.is_file():
+        check_order(names, read_classes(names), classes)
+    return LabelMaps(*found, classes if classes is not None else read_classes(names))
+
+
+def check_order(where: Path, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError where ``known``, the model's classes, have other numbers in the label maps than the model
+    gives them."""
+    if len(names) != len(known) or (set(names) == set(known) and list(names) != list(known)):
+        number = next(
+            (k for k, (ours, theirs) in enumerate(zip(names, known)) if ours != theirs), min(len(names), len(known))
+        )
+        ours, theirs = (list(some)[number] if number < len(some) else "no class" for some in (names, known))
+        raise ValueError(
+            f"{where}: class {number} is {ours}, but {theirs} for the model: label maps hold the numbers of the "
+            "classes, so that both must list the same ones in the same order"
+        )
 
 
 def read_classes(path: Path) -> list[str]:

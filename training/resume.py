@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 from config import Config, UsageError, plain
-from config.checks import DENSE_TASKS, parse_interval
+from config.checks import parse_interval
 from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
-from models.reading import read_weights
+from models.reading import class_names, read_weights
 from models.weights import nonfinite
 from training.identity import Difference
 from training.optimizer_state import load_optimizer_state
@@ -246,9 +246,7 @@ def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> li
     """
     if found is not None:
         return found[1].get("classes")
-    if config.task in DENSE_TASKS:  # which fine-tune what knows other classes
-        return None
-    return read_weights(config.finetune).get("classes") if config.finetune else None
+    return class_names(read_weights(config.finetune)) if config.finetune else None
 
 
 def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:
