@@ -92,9 +92,7 @@ def init_topology(device: str, deterministic: bool, tf32: bool, timeout: timedel
         torch.backends.cudnn.benchmark = not deterministic
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32
-    elif (
-        kind == "cpu"
-    ):  # a step reuses the memory of the one before; the kernel gives it page by page
+    elif kind == "cpu":  # a step reuses the memory of the one before; the kernel gives it page by page
         for threshold in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
             _glibc("mallopt", threshold, 1 << 30)
     place = torch.device(kind, local_rank) if kind == "cuda" else torch.device(kind)

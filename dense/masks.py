@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from config.files import read_text
 from dense.reading import check_image, missing_files, read_bytes, read_image, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
@@ -116,9 +117,9 @@ def check_order(where: Path, names: Sequence[str], known: Sequence[str]) -> None
 def read_classes(path: Path) -> list[str]:
     """Names from a file, one a line. Raises ValueError if it is not there, or names a class twice."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except OSError as error:
+        reason = error.strerror
         raise ValueError(f"{path} must list the classes, one a line, in the order of their numbers: {reason}") from None
     if len(set(names)) < len(names):
         raise ValueError(f"{path} lists a class twice")

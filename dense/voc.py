@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from config.files import read_bytes, read_text
 from dense.coco import CocoScenes
 
 
@@ -69,7 +70,7 @@ def read_xml(path: Path) -> tuple[int, int, list[tuple[str, list[float], bool]]]
         OSError: no such file. ValueError: not an annotation.
     """
     try:
-        tree = ElementTree.parse(path).getroot()
+        tree = ElementTree.fromstring(read_bytes(path))
     except (ElementTree.ParseError, LookupError, UnicodeError) as error:
         raise ValueError(f"not an xml file: {error}") from None
     height, width = (_number(tree, f"size/{side}", 0) for side in ("height", "width"))
@@ -102,7 +103,7 @@ def _list(root: Path, split: str) -> list[tuple[Path, Path]]:
     base, name = (root / split).parent, Path(split).name
     listed = base / "ImageSets" / "Main" / f"{name}.txt"
     if listed.is_file():
-        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
         return [(base / "Annotations" / f"{stem}.xml", base / "JPEGImages" / f"{stem}.jpg") for stem in names]
     folder = root / split
     if not folder.is_dir():

@@ -28,16 +28,16 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
-from models.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
+from models.run_files import check_records, read_environment, read_log, read_plan, read_settings  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
 from training.early_stop import read_note  # noqa: E402
-from training.logs import read_log, spread  # noqa: E402
+from training.logs import spread  # noqa: E402
 from utils import duration_text  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
 CIRCUMSTANCES = (*named(Config, "free"), "seed")
 # What runs are judged by, in the column top-1 too.
-SCORES = {"detection": "test_box_AP", "segmentation": "test_mIoU"}
+SCORES = {"multilabel": "test_map", "detection": "test_box_AP", "segmentation": "test_mIoU"}
 COLUMNS = (
     *("table", "row", "model", "curriculum", "epochs", "runs", "top-1", "theirs", "difference"),
     *("less compute", "theirs ", "less time", "theirs  ", "training time"),

@@ -27,7 +27,7 @@ from typing_extensions import TypedDict
 from config import Config, plain, to_yaml
 from config.files import read_text
 from config.kinds import named
-from training.logs import read_log
+from models.run_files import read_log
 from utils import STOPPED, duration_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent

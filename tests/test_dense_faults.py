@@ -3,19 +3,24 @@
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
-from dense_data import CLASSES, scenes, write_coco, write_masks
+from conftest import checkpoint_fields
+from dense_data import CLASSES, scenes, write_coco, write_masks, write_voc
 from PIL import Image
 
-from config import Config
+from config import Config, UsageError, plain
+from config.checks import check_settings
 from dense.backbones import make_body
 from dense.detectors import mask_rcnn
 from dense.reading import read_image
 from dense.scenes import open_scenes
 from dense.weights import load_dense
 from inputs.views import fingerprint
+from models import checkpoints
+from models.export import main as export
 from training.build import open_sources
 from training.identity import differing_images
 
@@ -172,3 +177,51 @@ def test_a_few_missing_training_images_are_within_the_budget_of_every_task(coco)
     assert len(open_coco(coco)) == 5
     with pytest.raises(ValueError, match="1 of 5 training images are missing, --max_bad 0 allows 0"):
         open_coco(coco, max_bad=0)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"eval_data": "DIR"},
+        {"real_labels": True},
+        {"class_map": "FILE"},
+        {"val_share": "10%"},
+        {"val_per_class": 5},
+        {"color_jitter": 0.4},
+    ],
+)
+@pytest.mark.parametrize("task", ["detection", "segmentation"])
+def test_settings_that_would_do_nothing_are_refused(tmp_path, task, more):
+    config = settings(tmp_path, task)
+    check_settings(replace(config, magnitude="none"))
+    with pytest.raises(UsageError, match=f"--{next(iter(more))}"):
+        check_settings(replace(config, magnitude="none", **more))
+
+
+@pytest.mark.parametrize("task", ["detection", "segmentation", "mae"])
+def test_suggestions_are_for_classifiers(tmp_path, task):
+    with pytest.raises(UsageError, match=f"--suggest is for classifiers, not for --task {task}"):
+        check_settings(replace(settings(tmp_path, task), magnitude="none", suggest=True))
+
+
+@pytest.mark.parametrize("form", ["timm", "official", "hub", "onnx"])
+def test_a_detector_is_exported_by_its_own_command(detector, tmp_path, capsys, form):
+    config = plain(replace(settings(tmp_path, "detection"), model="resnet18"))
+    fields = checkpoint_fields(model=detector.state_dict(), config=config, classes=list(CLASSES), identity=None)
+    checkpoints.save(tmp_path / "w.pth", fields)
+    assert export([str(tmp_path / "w.pth"), str(tmp_path / "out"), "--format", form]) == 1
+    assert "export it by python -m dense.export" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_lists_that_are_pipes_are_not_waited_for(masks, made, tmp_path):
+    (masks / "classes.txt").unlink()
+    os.mkfifo(masks / "classes.txt")
+    with pytest.raises(ValueError, match=r"classes.txt must list the classes.*not a regular file"):
+        open_scenes("segmentation", "masks", masks, "train", train=True)
+    write_voc(tmp_path / "voc", made)
+    folder = tmp_path / "voc"
+    first = sorted(folder.rglob("*.xml"))[0]
+    first.unlink()
+    os.mkfifo(first)
+    with pytest.raises(ValueError, match=r"cannot be used.*not a regular file"):
+        open_scenes("detection", "voc", folder, "trainval", train=True, max_bad=0.0)

@@ -110,3 +110,11 @@ def test_a_real_run(train, capsys):
     assert cells[:6] == ["", "tests.tiny_models:convnet", "efficienttrain++", "1", "1", f"{log[-1]['test_acc1']:.2f}"]
     assert f"{total['speedup_flops'] or total['speedup_pixels']:.2f}x" in cells
     assert cells[-1] == duration_text(sum(record["seconds"] for record in log))
+
+
+def test_runs_of_several_labels_are_judged_by_their_map(make):
+    path = make("several", 50.0, 60, task="multilabel")
+    log = path / "log.txt"
+    log.write_text(log.read_text().replace("test_acc1", "test_map"))
+    (line,) = lines_of(path)
+    assert line["top-1"] == "50.00"

@@ -12,6 +12,7 @@ from config.kinds import named
 from curriculum import Plan, Segment
 from datasets import Source
 from inputs.views import fingerprint
+from models.checkpoints import BadCheckpoint
 
 OPTIMIZER = tuple(named(Config, "optimizer"))
 DENSE = ("task", "head", "head_args")
@@ -125,6 +126,18 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
     for name, text in _settings(saved["config"], config, *wanted):
         found.append(Difference(("model" if name in named(Config, "model") else name,), text))
     return found
+
+
+def check_place(saved: dict[str, Any], plan: Plan, where: str) -> None:
+    """Raises BadCheckpoint for a step and a pass that do not go together, or that the plan does not have."""
+    step, number = saved["step"], saved["epoch"]
+    record = plan.records[min(number, len(plan) - 1)]
+    first = plan.total_steps if number == len(plan) else record.first_step
+    if number > len(plan) or not first <= step <= record.first_step + record.steps:
+        raise BadCheckpoint(
+            f"{where} says that it is of step {step} in pass {number + 1}, which its plan of {plan.total_steps} steps "
+            f"and {len(plan)} passes does not have: take another one"
+        )
 
 
 def _settings(before: dict[str, Any], config: Config, *names: str) -> list[tuple[str, str]]:
