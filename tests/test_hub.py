@@ -309,7 +309,7 @@ def test_damaged_lines_of_a_log_are_passed_over_as_everywhere(finished, tmp_path
 @pytest.mark.parametrize("name", ["log.txt", "plan.json", "config.yaml", "environment.json"])
 def test_a_damaged_run_is_told_by_its_checkpoint_alone_and_that_is_said(finished, tmp_path, capsys, name):
     shutil.copytree(finished.output, tmp_path / "run")
-    (tmp_path / "run" / name).write_text('{"progress": 0.5}\n')
+    (tmp_path / "run" / name).write_text("[1]\n" if name == "config.yaml" else '{"progress": 0.5}\n')
     about = facts(str(tmp_path / "run" / CHECKPOINT), finished.state(), "model")
     assert about["accuracy"] == [] and about["cost"]["hours"] is None and about["cost"]["images"]
     err = capsys.readouterr().err
