@@ -15,7 +15,7 @@ import torch
 from timm.data import ImageNetInfo
 
 from commands.dense import evaluate_dense
-from config import Config
+from config import Config, UsageError
 from config.checks import DENSE_TASKS
 from datasets import Source, build_source, dropped_line, eval_loader
 from engine import evaluate
@@ -39,9 +39,15 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """
     source_of_weights = config.resume or config.finetune
     checkpoints.verify_own(source_of_weights)
-    if config.task in DENSE_TASKS:
-        return evaluate_dense(config, topology)
     content = read_weights(source_of_weights)
+    trained = content["config"].get("task", config.task) if "format_version" in content else config.task
+    if trained != config.task:
+        raise UsageError(
+            f"--eval: {source_of_weights} is of --task {trained}, not {config.task}: give its own recipe, or --task "
+            f"{trained} and its data"
+        )
+    if config.task in DENSE_TASKS:
+        return evaluate_dense(config, content, topology)
     images = _source(config)
     source = drop_unreadable(images, config.max_bad)
     if topology.is_main:

@@ -148,6 +148,8 @@ def open_writer(path: str | None, top_k: int | None) -> Iterator[Any]:
             sys.stdout.reconfigure(encoding="utf-8")
         yield _json_lines(sys.stdout, top_k)
         return
+    if os.path.isdir(path):  # else that would be met when all is done
+        raise UsageError(f"--predict_to {path} is a folder: of a classifier name a file, {path.rstrip('/')}/labels.csv")
     temporary = Path(path + ".tmp")
     try:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -35,7 +35,9 @@ from training.logs import spread  # noqa: E402
 from utils import duration_text  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
-CIRCUMSTANCES = (*named(Config, "free"), "seed")
+OF_DATA = ("data_set", "train_split", "val_split", "val_per_class", "val_share", "label_key", "label_columns")
+OF_DATA += ("label_separator", "class_map", "labels")
+CIRCUMSTANCES = ({*named(Config, "free")} | {"seed"}) - {*OF_DATA}
 # What runs are judged by, in the column top-1 too.
 SCORES = {"multilabel": "test_map", "detection": "test_box_AP", "segmentation": "test_mIoU"}
 COLUMNS = (
@@ -72,7 +74,11 @@ class Run:
     def recipe(self) -> str:
         """What runs of different seeds share."""
         settings = {key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES}
-        return json.dumps([settings, self.changes])
+        for key in ("class_map", "labels"):  # files, wherever they lie
+            settings[key] = settings[key] and Path(settings[key]).name
+        first = self.plan["stages"][0]
+        images = round(first["images"] / first["passes"]) if first["passes"] > 0 else None  # of the training set
+        return json.dumps([settings, self.changes, images])
 
     @property
     def comparable(self) -> tuple[Any, ...]:

@@ -500,3 +500,18 @@ def test_weights_whose_classes_are_no_names_are_weights_all_the_same(folder, tmp
     assert json.loads(capsys.readouterr().out)["images"] == 15
     config = Config(finetune=str(tmp_path / "w.pth"))
     assert class_order(config, None) is None
+
+
+def test_weights_of_another_task_are_not_scored(ours, folder, main_program, capsys):
+    path = ours("several.pth", lambda content: content["config"].update(task="multilabel"))
+    assert main_program(["--eval", "true", "--resume", str(path), "--data_path", str(folder), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is of --task multilabel, not supervised" in err
+
+
+def test_a_folder_for_labels_is_refused_before_they_are_made(ours, folder, tmp_path, main_program, capsys):
+    image = next(folder.glob("*/*/*.jpg"))
+    argv = ["--predict", str(image), "--resume", str(ours("x.pth", lambda content: None)), "--device", "cpu"]
+    assert main_program([*argv, "--predict_to", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"--predict_to {tmp_path} is a folder" in err
