@@ -8,16 +8,15 @@ class, from 0 in the file's order, in one channel, grey or palette; 255 is ignor
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from config.files import read_text
-from dense.reading import check_image, missing_files, read_bytes, read_image, to_tensor
+from dense.reading import check_image, is_image, missing_files, read_bytes, read_image, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -40,7 +39,7 @@ class LabelMaps:
         self.classes, self.void_zero = list(classes), void_zero
         if not 0 < len(self.classes) <= IGNORED:
             raise ValueError(f"there are {len(self.classes)} classes: a label map has 1 to {IGNORED}")
-        files, maps = _files(Path(images), IMG_EXTENSIONS), _files(Path(labels), (".png",))
+        files, maps = _files(Path(images), is_image), _files(Path(labels), _is_map)
         if not files:
             raise ValueError(f"{images} has no images")
         self.stems = sorted({*files, *maps})
@@ -161,13 +160,17 @@ def _read(path: str | Path) -> bytes:
         raise BadImage(f"the labels {path} cannot be read: {error.strerror}") from error
 
 
-def _files(folder: Path, extensions: Sequence[str]) -> dict[str, Path]:
+def _is_map(path: Path) -> bool:
+    return path.suffix.lower() == ".png" and not path.name.startswith(".")
+
+
+def _files(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """Paths by stem. Raises ValueError if two differ in the extension alone."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in extensions and not path.name.startswith("."):
+        if wanted(path):
             if path.stem in found:
                 raise ValueError(f"{found[path.stem]} and {path.name} have the same name: labels go by name")
             found[path.stem] = path

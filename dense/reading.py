@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from inputs.decode import BadImage, decode, decode_reduced, jpeg_size
+from inputs.formats import ENDINGS, readable, sniff
 
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = 4  # its values above this one
@@ -61,6 +62,13 @@ def read_bytes(path: str | Path) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage("this is no ordinary file")
     return Path(path).read_bytes()
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, by its ending or else by its content; what is hidden is none."""
+    if path.name.startswith("."):
+        return False
+    return path.suffix.lower() in ENDINGS or (path.is_file() and sniff(str(path)) in readable())
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:

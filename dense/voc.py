@@ -12,10 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
 from config.files import read_bytes, read_text
 from dense.coco import CocoScenes
+from dense.reading import is_image
 
 
 def open_voc(
@@ -104,14 +103,16 @@ def _list(root: Path, split: str) -> list[tuple[Path, Path]]:
     listed = base / "ImageSets" / "Main" / f"{name}.txt"
     if listed.is_file():
         names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
-        return [(base / "Annotations" / f"{stem}.xml", base / "JPEGImages" / f"{stem}.jpg") for stem in names]
+        images = base / "JPEGImages"
+        found = {path.stem: path for path in images.iterdir() if is_image(path)} if images.is_dir() else {}
+        return [(base / "Annotations" / f"{stem}.xml", found.get(stem, images / f"{stem}.jpg")) for stem in names]
     folder = root / split
     if not folder.is_dir():
         raise ValueError(
             f"--data_path {root}: there is neither {listed.relative_to(root)} nor a folder {split} with images and xml"
         )
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    images = {path.stem: path for path in files if path.suffix.lower() in IMG_EXTENSIONS}
+    images = {path.stem: path for path in files if is_image(path)}
     xmls = {path.stem: path for path in files if path.suffix.lower() == ".xml"}
     if not images:
         raise ValueError(f"{folder} has no images")

@@ -312,9 +312,8 @@ def test_a_whole_image_is_segmented_alike_in_any_batch_and_by_scales_and_mirror(
     image = torch.randn(1, 3, 48, 80)
     padded = F.pad(image, (0, 16, 0, 16))
     alone = probabilities(model, image, [(48, 80)], [(60, 100)])[0]
-    batch = probabilities(model, torch.cat([padded, torch.randn(1, 3, 64, 96)]), [(48, 80), (64, 96)], [(60, 100)] * 2)[
-        0
-    ]
+    two = torch.cat([padded, torch.randn(1, 3, 64, 96)])
+    batch = probabilities(model, two, [(48, 80), (64, 96)], [(60, 100)] * 2)[0]
     assert alone.shape == (5, 60, 100)
     torch.testing.assert_close(alone, batch)
     # By hand: each scale of the image and of its mirror image by itself, then the mean of what they say.

@@ -225,3 +225,17 @@ def test_lists_that_are_pipes_are_not_waited_for(masks, made, tmp_path):
     os.mkfifo(first)
     with pytest.raises(ValueError, match=r"cannot be used.*not a regular file"):
         open_scenes("detection", "voc", folder, "trainval", train=True, max_bad=0.0)
+
+
+@pytest.mark.parametrize("name", ["{}.jfif", "{}.JPE", "{}.img", "{}"])
+def test_scenes_are_images_by_their_content_whatever_they_are_called(masks, made, tmp_path, name):
+    folder = masks / "images/val"
+    for path in folder.iterdir():
+        path.rename(folder / name.format(path.stem))
+    (folder / "notes.txt").write_text("no image")
+    source = open_scenes("segmentation", "masks", masks, "val", train=False)
+    assert len(source) == 5 and source.read(1)[0].shape[0] == 3
+    write_voc(tmp_path / "voc", made)
+    for path in (tmp_path / "voc/JPEGImages").iterdir():
+        path.rename(path.with_name(name.format(path.stem)))
+    assert len(open_scenes("detection", "voc", tmp_path / "voc", "trainval", train=False)) == 6
