@@ -499,3 +499,33 @@ def _in_memory(folder):
     for path in folder.iterdir():
         system.pipe(f"/{folder.name}/{path.name}", path.read_bytes())
     return True
+
+
+class Marked:
+    """Images of several labels each or of none, as the columns of a table say."""
+
+    def __init__(self, table):
+        self.table, self.classes = np.array(table, bool), [f"class {k}" for k in range(len(table[0]))]
+
+    def __len__(self):
+        return len(self.table)
+
+    def labels(self):
+        return self.table
+
+    def name(self, i):
+        return f"images/{i}.jpg"
+
+
+@pytest.mark.parametrize("how", [{"share": 0.1}, {"per_class": 100}, {"per_class": 1000}])
+def test_images_without_a_label_are_held_out_like_others(how):
+    source = Marked([[k % 2, 0] for k in range(2000)])
+    held = hold_out(source, **how)[1].labels()
+    assert 60 <= (~held.any(1)).sum() <= 140 and 60 <= held[:, 0].sum() <= 140
+
+
+def test_a_rare_label_is_not_held_out_as_a_whole():
+    for place in range(40):  # whichever image has it
+        source = Marked([[1, k == place] for k in range(40)])
+        train, held, none = hold_out(source, share=0.3)
+        assert train.labels()[:, 1].sum() == 1 and none == ["class 1"] and 0 < len(held) < 30
