@@ -73,6 +73,9 @@ def _build_source(config: Config, train: bool, classes: Sequence[str] | None) ->
         known = None if alone else _open(config, config.train_split, "train").classes
         source = _open(config, config.val_split, "val", known)
     source = map_classes(source, config.class_map) if config.class_map else source
+    if not len(source):
+        part = "training" if train else "validation"
+        raise ValueError(f"--class_map {config.class_map}: the classes that it lists have no {part} images")
     return in_order(source, classes)
 
 

@@ -153,7 +153,7 @@ def prepare(config: Config, topology: Topology, writer: OneWriter, warnings: Seq
     config = replace(config, **settle_micro_batch(config, plan, build, topology, state))
     sampler = make_sampler(config, plan, topology.world_size, topology.rank)
     replay = describe_replay(config, plan)
-    if config.task == "supervised":
+    if config.task in ("supervised", "multilabel"):
         with as_usage():
             check_trainable(build, classes, plan.records[0].input_size)
     torch.manual_seed(derive_seed(config.seed))
@@ -186,7 +186,7 @@ def finetune(config: Config, model: nn.Module, classes: Sequence[str], topology:
     """Loads the weights of --finetune, and says what fitted. Returns the settings, with the weights' normalisation."""
     checkpoints.verify_own(config.finetune)
     if config.task in DENSE_TASKS:
-        report = load_dense(model, config.finetune)
+        report = load_dense(model, config.finetune, classes=classes)
     else:
         report = load_weights(model, config.finetune, head_init_scale=config.head_init_scale, classes=classes)
     if topology.is_main:

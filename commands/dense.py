@@ -21,9 +21,10 @@ from dense.transforms import DetectionTest, SegmentationTest
 from dense.weights import load_dense
 from engine import autocast, evaluate
 from inputs.decode import BadImage
-from models.reading import read_weights
+from models.reading import class_names
 from models.registry import build_bounded
 from training.build import make_finish, make_model
+from training.identity import differing_images
 from training.scenes import base_size, has_masks, open_dense, test_sides
 from training.watchdog import Watchdog
 from utils import Topology
@@ -33,11 +34,17 @@ FROM_CHECKPOINT = ("task", "head", "head_args", "model", "model_args", "num_clas
 FROM_CHECKPOINT += ("test_side", "max_side", "crop")
 
 
-def evaluate_dense(config: Config, topology: Topology) -> int:
-    """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune."""
+def evaluate_dense(config: Config, content: dict[str, Any], topology: Topology) -> int:
+    """Prints one JSON line per set of weights: those of --resume and their moving average, or those of --finetune.
+
+    Args:
+        content: of that file.
+    """
     weights = config.resume or config.finetune
-    content = read_weights(weights)
-    source = open_dense(config, False, content.get("classes"))
+    source = open_dense(config, False, class_names(content))
+    if topology.is_main:
+        for line in differing_images(source, source, content, str(weights), config):
+            print(line, file=sys.stderr)
     classes = config.num_classes or len(source.classes)
     model = make_model(config, classes, base_size(config))
     transform = DetectionTest if config.task == "detection" else SegmentationTest

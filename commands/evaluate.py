@@ -15,17 +15,17 @@ import torch
 from timm.data import ImageNetInfo
 
 from commands.dense import evaluate_dense
-from config import Config
+from config import Config, UsageError
 from config.checks import DENSE_TASKS
 from datasets import Source, build_source, dropped_line, eval_loader
 from engine import evaluate
 from inputs.readable import drop_unreadable
 from inputs.readers import open_folder
 from inputs.transforms import EvalTransform
-from inputs.views import fingerprint
 from models import checkpoints, create_model, load_weights
-from models.reading import read_weights
+from models.reading import class_names, read_weights
 from training.build import make_finish
+from training.identity import differing_images
 from training.tasks import Classification, MultiLabel
 from training.watchdog import Watchdog
 from utils import Topology
@@ -39,9 +39,15 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     """
     source_of_weights = config.resume or config.finetune
     checkpoints.verify_own(source_of_weights)
-    if config.task in DENSE_TASKS:
-        return evaluate_dense(config, topology)
     content = read_weights(source_of_weights)
+    trained = content["config"].get("task", config.task) if "format_version" in content else config.task
+    if trained != config.task:
+        raise UsageError(
+            f"--eval: {source_of_weights} is of --task {trained}, not {config.task}: give its own recipe, or --task "
+            f"{trained} and its data"
+        )
+    if config.task in DENSE_TASKS:
+        return evaluate_dense(config, content, topology)
     images = _source(config)
     source = drop_unreadable(images, config.max_bad)
     if topology.is_main:
@@ -109,24 +115,10 @@ def _source(config: Config) -> Source:
     return open_folder(config.eval_data)
 
 
-def differing_images(images: Source, usable: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
-    """A line that says that the validation images are not those of the run that wrote a checkpoint, if so."""
-    identity = content.get("identity")
-    saved = identity.get("validation") if isinstance(identity, dict) else None
-    if config.eval_data or not isinstance(saved, dict) or "digest" not in saved:
-        return []
-    counts = [number if isinstance(number, int) else 0 for number in (saved.get("images"), content.get("unusable"))]
-    then, now = counts[0] - counts[1], len(usable)
-    if then == now and saved["digest"] == fingerprint(images)["digest"]:
-        return []
-    said = f"{then} then, {now} now" if then != now else "other names"
-    return [f"warning: the validation images are not those of the run that wrote {where} ({said}): compare with care"]
-
-
 def _model_classes(config: Config, content: dict[str, Any], source: Source) -> list[str]:
     """Names of the model's outputs, in order: the checkpoint says, or ImageNet's wnids fit, or the data set's."""
-    if config.num_classes is None and content.get("classes"):
-        return list(content["classes"])
+    if config.num_classes is None and (known := class_names(content)):
+        return known
     wnids = ImageNetInfo("imagenet-1k").label_names()
     count = config.num_classes or (len(wnids) if set(source.classes) <= set(wnids) else len(source.classes))
     if count == len(wnids) and (set(source.classes) <= set(wnids) or _are_numbers(source.classes)):

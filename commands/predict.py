@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from commands.dense import predict_dense
-from config import Config
+from config import Config, UsageError
 from config.checks import DENSE_TASKS
 from config.files import read_bytes
 from datasets import loader_options
@@ -51,7 +51,7 @@ def predict(config: Config, said: Collection[str], topology: Topology) -> int:
         ValueError: no images, a checkpoint that is not this project's or lacks what is asked for.
     """
     if topology.world_size > 1:
-        raise ValueError("--predict runs in one process: start it without torchrun")
+        raise UsageError("--predict runs in one process: start it without torchrun")
     paths = find_images(config.predict)
     content = read_weights(config.resume)
     if "format_version" not in content or not content.get("classes"):
@@ -148,6 +148,8 @@ def open_writer(path: str | None, top_k: int | None) -> Iterator[Any]:
             sys.stdout.reconfigure(encoding="utf-8")
         yield _json_lines(sys.stdout, top_k)
         return
+    if os.path.isdir(path):  # else that would be met when all is done
+        raise UsageError(f"--predict_to {path} is a folder: of a classifier name a file, {path.rstrip('/')}/labels.csv")
     temporary = Path(path + ".tmp")
     try:
         with open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:

@@ -16,6 +16,9 @@ from curriculum import parse_duration
 PARTS = ("model", "data", "curriculum", "optimizer")
 
 DENSE_TASKS = ("detection", "segmentation")
+# Settings that detectors and segmenters would pass over.
+FOR_CLASSIFIERS = ("linear_probe", "eval_size", "replay", "eval_data", "real_labels", "class_map", "val_per_class")
+FOR_CLASSIFIERS += ("val_share",)
 
 _RANGES = {
     "at least 0": (
@@ -77,6 +80,8 @@ def check_settings(config: Config) -> None:
         raise UsageError("--predict needs a checkpoint of this project: --resume CHECKPOINT")
     if config.suggest and isinstance(config.epochs, str):
         raise UsageError(f"--epochs is {config.epochs!r}; --suggest needs a number of epochs")
+    if config.suggest and config.task not in ("supervised", "multilabel"):
+        raise UsageError(f"--suggest is for classifiers, not for --task {config.task}: begin with a recipe of recipes/")
     _check_data(config)
     if config.task == "mae":
         _check_mae(config)
@@ -159,7 +164,11 @@ def _check_mae(config: Config) -> None:
 
 def _check_dense(config: Config) -> None:
     """Raises UsageError for settings that detectors and segmenters have no use for."""
-    unwanted = [f"--{name} 0" for name in ("mixup", "cutmix", "reprob", "smoothing") if getattr(config, name) > 0]
+    unwanted = [
+        f"--{name} 0"
+        for name in ("mixup", "cutmix", "reprob", "smoothing", "color_jitter")
+        if getattr(config, name) > 0
+    ]
     if config.magnitude != "none":
         unwanted.append("--magnitude none")
     if unwanted:
@@ -169,7 +178,7 @@ def _check_dense(config: Config) -> None:
     fitting = ("retinanet", "mask_rcnn", "cascade") if config.task == "detection" else ("upernet",)
     if config.head is not None and config.head not in fitting:
         raise UsageError(f"--head {config.head} does not fit --task {config.task}: choose {' or '.join(fitting)}")
-    for name in ("linear_probe", "eval_size", "replay"):
+    for name in FOR_CLASSIFIERS:
         if value := getattr(config, name):
             raise UsageError(f"--{name} {str(value).lower()} is for classifiers, not for --task {config.task}")
     if config.train_sides is not None and (not config.train_sides or min(config.train_sides) < 1):

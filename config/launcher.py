@@ -26,9 +26,16 @@ def read_launcher(environment: MutableMapping[str, str] = os.environ) -> None:
     launcher started; torchrun's own, or those that a user set, stay.
 
     Raises:
-        UsageError: several processes that cannot find each other: each would train alone, all into one folder.
+        UsageError: several processes that cannot find each other: each would train alone, all into one folder; or one
+            that takes itself for a part of a run that is not there.
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
+        rank, size = environment.get("RANK"), environment.get("WORLD_SIZE")
+        if not all(text and text.isdecimal() for text in (rank, size)) or int(rank) >= int(size):
+            raise UsageError(
+                f"the environment has RANK {rank} and WORLD_SIZE {size}, which make no run: unset both, or start the "
+                "processes with torchrun, which sets them"
+            )
         return
     for launcher, (size, rank, local_rank, local_size) in _LAUNCHERS.items():
         if int(environment.get(size, 1)) <= 1:

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from dense.masks import LabelMaps
+from config.files import read_text
+from dense.masks import LabelMaps, check_order
 
 CLASSES = 150
 NAMES_FILE = "objectInfo150.txt"
@@ -22,7 +23,10 @@ def open_ade20k(root: str | Path, split: str, classes: Sequence[str] | None = No
         ValueError: no such folders.
     """
     root = Path(root)
-    names = list(classes) if classes is not None else _names(root / NAMES_FILE)
+    names = _names(root / NAMES_FILE)
+    if classes is not None:
+        check_order(root / NAMES_FILE, names, classes)
+        names = list(classes)
     return LabelMaps(root / "images" / split, root / "annotations" / split, names, void_zero=True)
 
 
@@ -30,7 +34,7 @@ def _names(path: Path) -> list[str]:
     """The first name of each class; the table's lines are: number, ratio, images, images, names."""
     if not path.is_file():
         return [str(number) for number in range(1, CLASSES + 1)]
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.split("\t") for line in read_text(path).splitlines()]
     names = {row[0].strip(): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
     if list(names) != [str(number) for number in range(1, len(names) + 1)]:
         raise ValueError(f"{path} must list the classes in order, a number first and the names last, separated by tabs")

@@ -10,6 +10,7 @@ Where the files of ``--data_path ROOT --train_split NAME`` are looked for, first
 from __future__ import annotations
 
 import json
+import os
 import pickle
 from array import array
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ from dense.annotations import (
     short,
     to_rle,
 )
-from dense.reading import missing_files, read_image, to_tensor, upright_size
+from dense.reading import check_image, missing_files, read_image, to_tensor, upright_size
+from inputs.names import hash_of
 
 OVERHANG = 1.0  # pixels that a box may reach beyond its image before a message says that it was cut
 
@@ -108,6 +110,20 @@ class CocoScenes:
             "masks": masks,
             "image_id": self.ids[i],
         }
+
+    def check(self, i: int) -> None:
+        """Raises as :meth:`read` where the image cannot be used."""
+        check_image(self.path(i), self._size(i), self.where)
+
+    def hashes(self) -> np.ndarray:
+        """A number for each image that follows from its file's name and its objects' classes and boxes, uint32 (N,)."""
+        found = np.empty(len(self), np.uint32)
+        for i, file in enumerate(self.files):
+            own = slice(self._first[i], self._first[i + 1])
+            found[i] = hash_of(
+                self._stated[own].tobytes(), hash_of(self._labels[own].tobytes(), hash_of(os.fsencode(file)))
+            )
+        return found
 
     def path(self, i: int) -> str:
         return str(self.folder / self.files[i])

@@ -8,15 +8,15 @@ class, from 0 in the file's order, in one channel, grey or palette; 255 is ignor
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dense.reading import missing_files, read_bytes, read_image, to_tensor
+from config.files import read_text
+from dense.reading import check_image, is_image, missing_files, read_bytes, read_image, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -39,7 +39,7 @@ class LabelMaps:
         self.classes, self.void_zero = list(classes), void_zero
         if not 0 < len(self.classes) <= IGNORED:
             raise ValueError(f"there are {len(self.classes)} classes: a label map has 1 to {IGNORED}")
-        files, maps = _files(Path(images), IMG_EXTENSIONS), _files(Path(labels), (".png",))
+        files, maps = _files(Path(images), is_image), _files(Path(labels), _is_map)
         if not files:
             raise ValueError(f"{images} has no images")
         self.stems = sorted({*files, *maps})
@@ -53,6 +53,11 @@ class LabelMaps:
         """Scene ``i`` (see `dense.scenes`). Raises OSError or BadImage if one of its files cannot be used."""
         labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
         return to_tensor(read_image(self.images[i], labels.shape, self.label_paths[i])), torch.from_numpy(labels)
+
+    def check(self, i: int) -> None:
+        """Raises as :meth:`read` where one of the files cannot be used."""
+        labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
+        check_image(self.images[i], labels.shape, self.label_paths[i])
 
     def name(self, i: int) -> str:
         return self.images[i]
@@ -88,15 +93,32 @@ def open_masks(root: str | Path, split: str, classes: Sequence[str] | None = Non
     if found is None:
         tried = ", or ".join(" and ".join(str(folder.relative_to(root)) for folder in pair) for pair in places)
         raise ValueError(f"--data_path {root}: there are no folders {tried}")
-    return LabelMaps(*found, classes if classes is not None else read_classes(root / "classes.txt"))
+    names = root / "classes.txt"
+    if classes is not None and names.is_file():
+        check_order(names, read_classes(names), classes)
+    return LabelMaps(*found, classes if classes is not None else read_classes(names))
+
+
+def check_order(where: Path, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises ValueError where ``known``, the model's classes, have other numbers in the label maps than the model
+    gives them."""
+    if len(names) != len(known) or (set(names) == set(known) and list(names) != list(known)):
+        number = next(
+            (k for k, (ours, theirs) in enumerate(zip(names, known)) if ours != theirs), min(len(names), len(known))
+        )
+        ours, theirs = (list(some)[number] if number < len(some) else "no class" for some in (names, known))
+        raise ValueError(
+            f"{where}: class {number} is {ours}, but {theirs} for the model: label maps hold the numbers of the "
+            "classes, so that both must list the same ones in the same order"
+        )
 
 
 def read_classes(path: Path) -> list[str]:
     """Names from a file, one a line. Raises ValueError if it is not there, or names a class twice."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except OSError as error:
+        reason = error.strerror
         raise ValueError(f"{path} must list the classes, one a line, in the order of their numbers: {reason}") from None
     if len(set(names)) < len(names):
         raise ValueError(f"{path} lists a class twice")
@@ -138,13 +160,17 @@ def _read(path: str | Path) -> bytes:
         raise BadImage(f"the labels {path} cannot be read: {error.strerror}") from error
 
 
-def _files(folder: Path, extensions: Sequence[str]) -> dict[str, Path]:
+def _is_map(path: Path) -> bool:
+    return path.suffix.lower() == ".png" and not path.name.startswith(".")
+
+
+def _files(folder: Path, wanted: Callable[[Path], bool]) -> dict[str, Path]:
     """Paths by stem. Raises ValueError if two differ in the extension alone."""
     if not folder.is_dir():
         raise ValueError(f"there is no folder {folder}")
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in extensions and not path.name.startswith("."):
+        if wanted(path):
             if path.stem in found:
                 raise ValueError(f"{found[path.stem]} and {path.name} have the same name: labels go by name")
             found[path.stem] = path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class DetectionWriter:
     ) -> None:
         self.folder, self.classes, self.masks = Path(folder), list(classes), masks
         self.pictures = _picture_folder(self.folder, pictures)
+        self.taken: set[str] = set()  # names of files that are written
         self.category_ids = category_ids or {label: label + 1 for label in range(len(self.classes))}
         names = [{"id": number, "name": self.classes[label]} for label, number in self.category_ids.items()]
         self.content: dict[str, list] = {"images": [], "annotations": [], "categories": names}
@@ -70,7 +72,7 @@ class DetectionWriter:
             boxes, labels, scores = (torch.from_numpy(found[key][keep]) for key in ("boxes", "labels", "scores"))
             masks = _decoded([found["masks"][k] for k in keep], height, width) if self.masks else None
             drawn = draw_objects(image, boxes, labels, self.classes, scores, masks)
-            save_picture(drawn, self.pictures / f"{flat_name(name)}.jpg")
+            save_picture(drawn, self.pictures / f"{free_name(name, self.taken)}.jpg")
 
     def close(self) -> Path:
         """Writes the json; returns its path."""
@@ -91,6 +93,7 @@ class LabelWriter:
     def __init__(self, folder: str | Path, classes: Sequence[str], pictures: bool = False) -> None:
         self.folder, self.classes = Path(folder), list(classes)
         self.pictures = _picture_folder(self.folder, pictures)
+        self.taken: set[str] = set()  # names of files that are written
         self.palette = palette_bytes(len(self.classes))
         _write(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.classes).encode())
 
@@ -98,12 +101,13 @@ class LabelWriter:
         """Takes the label map (H, W) of an image, uint8 (3, H, W), as it is in the file."""
         picture = Image.fromarray(labels.detach().to(torch.uint8).cpu().numpy(), "P")
         picture.putpalette(self.palette)
-        path = self.folder / f"{flat_name(name)}.png"
+        name = free_name(name, self.taken)
+        path = self.folder / f"{name}.png"
         picture.save(path.with_suffix(".tmp"), "PNG")
         os.replace(path.with_suffix(".tmp"), path)
         if self.pictures:
             drawn = draw_labels(image, labels.cpu(), len(self.classes))
-            save_picture(drawn, self.pictures / f"{flat_name(name)}.jpg")
+            save_picture(drawn, self.pictures / f"{name}.jpg")
 
 
 def flat_name(name: str) -> str:
@@ -113,6 +117,20 @@ def flat_name(name: str) -> str:
     'a_b'
     """
     return "_".join(Path(name).with_suffix("").parts).lstrip("/_.") or "image"
+
+
+def free_name(name: str, taken: set[str]) -> str:
+    """:func:`flat_name`, with the file's ending or a number where another image has it; ``taken`` grows by it.
+
+    >>> taken = set()
+    >>> [free_name(name, taken) for name in ("a/b.jpg", "a/b.png", "a_b.jpg")]
+    ['a_b', 'a_b.png', 'a_b.jpg']
+    """
+    flat = flat_name(name)
+    ways = itertools.chain([flat, flat + Path(name).suffix], (f"{flat}_{number}" for number in itertools.count(2)))
+    found = next(way for way in ways if way not in taken)
+    taken.add(found)
+    return found
 
 
 def save_picture(image: torch.Tensor, path: Path) -> None:

@@ -9,12 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
-from inputs.decode import BadImage, decode
+from inputs.decode import BadImage, decode, decode_reduced, jpeg_size
+from inputs.formats import ENDINGS, readable, sniff
 
 ORIENTATION = 0x0112  # the EXIF tag
 SIDEWAYS = 4  # its values above this one
+# For each of its values: quarter turns to the left, and whether the result is then mirrored.
+UPRIGHT = {1: (0, False), 2: (0, True), 3: (2, False), 4: (2, True), 5: (3, True), 6: (3, False), 7: (1, True)}
+UPRIGHT[8] = (1, False)
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None, stated_by: str = "") -> np.ndarray:
@@ -28,14 +32,28 @@ def read_image(path: str | Path, size: tuple[int, int] | None, stated_by: str = 
         OSError, BadImage: no such file; it cannot be decoded or is of another size.
     """
     data = read_bytes(path)
-    if size is None:
-        return decode(data) if _orientation(data) == 1 else _upright(data)
     pixels = decode(data)
-    if pixels.shape[:2] == tuple(size):
-        return pixels
-    if pixels.shape[:2] == tuple(size)[::-1] and _orientation(data) > SIDEWAYS:
-        return _upright(data)
-    have, want = (f"{width} x {height}" for height, width in (pixels.shape[:2], size))
+    return _upright(pixels, data) if _is_turned(data, pixels.shape[:2], size, stated_by) else pixels
+
+
+def check_image(path: str | Path, size: tuple[int, int] | None, stated_by: str = "") -> None:
+    """Raises as :func:`read_image`, in less time: of JPEGs all bytes are read, for an eighth of their size."""
+    data = read_bytes(path)
+    shape = jpeg_size(data)
+    if shape:
+        decode_reduced(data, 8)
+    _is_turned(data, shape or decode(data).shape[:2], size, stated_by)
+
+
+def _is_turned(data: bytes, shape: tuple[int, int], size: tuple[int, int] | None, stated_by: str) -> bool:
+    """Whether an image, (height, width) ``shape`` as stored, is to be turned as EXIF says."""
+    if size is None:
+        return _orientation(data) != 1
+    if shape == tuple(size):
+        return False
+    if shape == tuple(size)[::-1] and _orientation(data) > SIDEWAYS:
+        return True
+    have, want = (f"{width} x {height}" for height, width in (shape, size))
     raise BadImage(f"the image is {have} pixels, but {stated_by} is for {want}")
 
 
@@ -44,6 +62,13 @@ def read_bytes(path: str | Path) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage("this is no ordinary file")
     return Path(path).read_bytes()
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is an image, by its ending or else by its content; what is hidden is none."""
+    if path.name.startswith("."):
+        return False
+    return path.suffix.lower() in ENDINGS or (path.is_file() and sniff(str(path)) in readable())
 
 
 def upright_size(path: str | Path) -> tuple[int, int]:
@@ -68,12 +93,11 @@ def _orientation(data: bytes) -> int:
         return 1
 
 
-def _upright(data: bytes) -> np.ndarray:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except Exception as error:  # PIL's plugins let many types through on broken files
-        raise BadImage(f"cannot decode {len(data)} bytes: {' '.join(str(error).split())}") from error
+def _upright(pixels: np.ndarray, data: bytes) -> np.ndarray:
+    """Pixels turned and mirrored as EXIF says."""
+    turns, mirrored = UPRIGHT[_orientation(data)]
+    pixels = np.rot90(pixels, turns)
+    return np.ascontiguousarray(pixels[:, ::-1] if mirrored else pixels)
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:

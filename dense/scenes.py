@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,17 @@ from dense.ade20k import open_ade20k
 from dense.coco import open_coco
 from dense.masks import open_masks
 from dense.voc import open_voc
-from inputs.bad_files import BadFiles, load
+from inputs.bad_files import BadFiles, budget, load
+from inputs.decode import BadImage
+from inputs.index_file import Progress
+from inputs.shards import in_threads
+from utils import from_main
 
 FAULTS_NAME = "bad_annotations.txt"
 DETECTION_SETS = ("coco", "voc")
 SEGMENTATION_SETS = ("ade20k", "masks")
+CHUNK = 64  # validation scenes that are looked at in one go
+SHOWN = 20  # of those that cannot be used, in a message
 
 
 def open_scenes(
@@ -44,7 +51,7 @@ def open_scenes(
 
     Annotations that cannot be used are listed in ``folder``/bad_annotations.txt, and dropped if they are at most the
     share ``max_bad``. A training image that is missing is replaced when its turn comes (`inputs.bad_files`); missing
-    ones beyond the share, or any that evaluation needs, are an error here already.
+    ones beyond its budget, or any that evaluation needs and cannot use, are an error here already.
 
     Args:
         task: ``detection`` or ``segmentation``.
@@ -73,6 +80,8 @@ def open_scenes(
     else:
         source = (open_ade20k if data_set == "ade20k" else open_masks)(root, split, classes)
     _check_missing(source, train, max_bad)
+    if not train:
+        _check_readable(source, root)
     return source
 
 
@@ -127,10 +136,10 @@ def report_faults(faults: list[str], annotations: int, max_bad: float, folder: s
             known = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else []
             lines = dict.fromkeys([*known, *faults])
             path.write_text("".join(f"{line}\n" for line in lines), "utf-8", "surrogateescape")
-    budget = int(max_bad * annotations)
-    if len(faults) > budget:
+    allowed = int(max_bad * annotations)
+    if len(faults) > allowed:
         raise ValueError(
-            f"{len(faults)} of {annotations} annotations cannot be used, --max_bad {max_bad:g} allows {budget} (the "
+            f"{len(faults)} of {annotations} annotations cannot be used, --max_bad {max_bad:g} allows {allowed} (the "
             f"first: {faults[0]}){where}: mend or remove them, or raise --max_bad"
         )
     _say(f"warning: dropped {len(faults)} of {annotations} annotations (the first: {faults[0]}){where}")
@@ -138,14 +147,45 @@ def report_faults(faults: list[str], annotations: int, max_bad: float, folder: s
 
 def _check_missing(source, train: bool, max_bad: float) -> None:
     missing = source.missing()
-    budget = int(max_bad * len(source)) if train else 0
-    if len(missing) > budget:
+    allowed_ones = budget(max_bad, len(source)) if train else 0
+    if len(missing) > allowed_ones:
         kind = "training" if train else "validation"
-        allowed = f"--max_bad {max_bad:g} allows {budget}" if train else "scores need every one"
+        allowed = f"--max_bad {max_bad:g} allows {allowed_ones}" if train else "scores need every one"
         raise ValueError(
             f"{len(missing)} of {len(source)} {kind} images are missing, {allowed} (the first: {missing[0]}): add the "
             "files, or remove the images from the annotations"
         )
+
+
+def _check_readable(source, root: str | Path) -> None:
+    """Raises ValueError where validation scenes cannot be used, with all of them; the main process looks for all."""
+    faults: list[str] = []
+    if _is_main():
+        chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
+        report = Progress(str(root), len(chunks), "parts", doing="checking the validation images of")
+        look = partial(_faults, source)
+        for chunk, found in zip(
+            chunks, in_threads(lambda k: look(chunks[k]), len(chunks), min(16, os.cpu_count() or 1))
+        ):
+            faults += found
+            report.add(len(chunk))
+        report.close()
+    if faults := from_main(faults):
+        shown = "; ".join(faults[:SHOWN]) + "; ..." * (len(faults) > SHOWN)
+        raise ValueError(
+            f"{len(faults)} of {len(source)} validation images cannot be used, and scores need every one: {shown}. "
+            "Write good files under these names, or remove the images from the validation set"
+        )
+
+
+def _faults(source, places: range) -> list[str]:
+    found = []
+    for place in places:
+        try:
+            source.check(place)
+        except (BadImage, OSError) as error:
+            found.append(f"{source.name(place)}: {getattr(error, 'strerror', None) or error}")
+    return found
 
 
 def _is_main() -> bool:

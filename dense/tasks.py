@@ -197,7 +197,7 @@ class Segmentation(DenseTask):
     def labels(self, model: nn.Module, images: Tensor, sizes: Tensor, wanted: Sequence[tuple[int, int]]):
         """A label map (H, W) for each image, at the size ``wanted``."""
         shapes = [(height, width) for height, width in sizes.tolist()]
-        return [one.argmax(0) for one in segment(model, images, shapes, wanted, self.scales, self.flip)]
+        return segment(model, images, shapes, wanted, self.scales, self.flip)
 
     def picture(self, model: nn.Module, image: Tensor, pixels: Tensor, classes: Sequence[str]) -> Tensor:
         shape = tuple(image.shape[-2:])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from .backbones import Body, OnBody
 
 IGNORED = 255
 AUXILIARY_WEIGHT = 0.4
+MOST = 1 << 28  # class probabilities of an image that are made at a time
 SCALES = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)  # of a multi-scale test
 
 
@@ -116,9 +117,10 @@ def segment(
     scales: Sequence[float] = (1.0,),
     flip: bool = False,
 ) -> list[Tensor]:
-    """Class probabilities of whole images, the mean over scales and mirror images.
+    """Label maps of whole images, by the mean of the class probabilities over scales and mirror images.
 
-    Each image goes through the model by itself and without its padding, so that they do not depend on the batch.
+    Each image goes through the model by itself and without its padding, so that they do not depend on the batch. Of a
+    large original the probabilities are made in bands of rows, so that their memory is bounded.
 
     Args:
         images: float (N, 3, H, W), normalised.
@@ -128,21 +130,52 @@ def segment(
         flip: with each image its mirror image.
 
     Returns:
-        For each image float (C, height, width); the label map is their argmax.
+        For each image int64 (height, width).
     """
-    found = []
+    found = class_probabilities(model, images, sizes, wanted, scales, flip)
+    return [torch.cat([band.argmax(0) for band in bands]) for bands in found]
+
+
+def class_probabilities(
+    model: UperNet,
+    images: Tensor,
+    sizes: Sequence[tuple[int, int]],
+    wanted: Sequence[tuple[int, int]],
+    scales: Sequence[float] = (1.0,),
+    flip: bool = False,
+) -> Iterator[Iterator[Tensor]]:
+    """What :func:`segment` takes the labels from: of each image float (C, some rows, width), from the top down."""
     for image, (height, width), out in zip(images, sizes, wanted):
         image = image[None, :, :height, :width]
-        total = torch.zeros((), device=image.device)
+        parts = []  # logits as the model gives them, the size that they are of, whether mirrored
         for scale in scales:
             side = (round(height * scale), round(width * scale))
             scaled = image if scale == 1 else F.interpolate(image, side, mode="bilinear", antialias=scale < 1)
             for mirrored in (False, True)[: 1 + flip]:
                 logits = model(scaled.flip(-1) if mirrored else scaled).float()
-                logits = resize(resize(logits, scaled.shape[-2:]), out)
-                total = total + (logits.flip(-1) if mirrored else logits).softmax(1)[0]
-        found.append(total / (len(scales) * (1 + flip)))
-    return found
+                parts.append((logits, scaled.shape[-2:], mirrored))
+        yield _bands(parts, out)
+
+
+def _bands(parts: list[tuple[Tensor, Sequence[int], bool]], out: tuple[int, int]) -> Iterator[Tensor]:
+    rows = max(1, MOST // (parts[0][0].shape[1] * out[1]))
+    for first in range(0, out[0], rows):
+        total = torch.zeros((), device=parts[0][0].device)
+        for logits, size, mirrored in parts:
+            band = _resized_rows(resize(logits, size), out, first, min(first + rows, out[0]))
+            total = total + (band.flip(-1) if mirrored else band).softmax(1)[0]
+        yield total / len(parts)
+
+
+def _resized_rows(x: Tensor, size: tuple[int, int], first: int, stop: int) -> Tensor:
+    """Rows ``first`` to ``stop`` of :func:`resize`: (N, C, h, w) -> (N, C, stop - first, width)."""
+    if stop - first == size[0]:
+        return resize(x, size)
+    place = ((torch.arange(first, stop, device=x.device) + 0.5) * (x.shape[-2] / size[0]) - 0.5).clamp(min=0)
+    above = place.long().clamp(max=x.shape[-2] - 1)
+    below = (above + 1).clamp(max=x.shape[-2] - 1)
+    rows = torch.lerp(x[..., above, :], x[..., below, :], (place - above)[:, None])
+    return resize(rows, (stop - first, size[1]))
 
 
 def _loss(logits: Tensor, targets: Tensor) -> Tensor:

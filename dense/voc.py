@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from config.files import read_bytes, read_text
 from dense.coco import CocoScenes
+from dense.reading import is_image
 
 
 def open_voc(
@@ -69,7 +69,7 @@ def read_xml(path: Path) -> tuple[int, int, list[tuple[str, list[float], bool]]]
         OSError: no such file. ValueError: not an annotation.
     """
     try:
-        tree = ElementTree.parse(path).getroot()
+        tree = ElementTree.fromstring(read_bytes(path))
     except (ElementTree.ParseError, LookupError, UnicodeError) as error:
         raise ValueError(f"not an xml file: {error}") from None
     height, width = (_number(tree, f"size/{side}", 0) for side in ("height", "width"))
@@ -102,15 +102,17 @@ def _list(root: Path, split: str) -> list[tuple[Path, Path]]:
     base, name = (root / split).parent, Path(split).name
     listed = base / "ImageSets" / "Main" / f"{name}.txt"
     if listed.is_file():
-        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [(base / "Annotations" / f"{stem}.xml", base / "JPEGImages" / f"{stem}.jpg") for stem in names]
+        names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
+        images = base / "JPEGImages"
+        found = {path.stem: path for path in images.iterdir() if is_image(path)} if images.is_dir() else {}
+        return [(base / "Annotations" / f"{stem}.xml", found.get(stem, images / f"{stem}.jpg")) for stem in names]
     folder = root / split
     if not folder.is_dir():
         raise ValueError(
             f"--data_path {root}: there is neither {listed.relative_to(root)} nor a folder {split} with images and xml"
         )
     files = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    images = {path.stem: path for path in files if path.suffix.lower() in IMG_EXTENSIONS}
+    images = {path.stem: path for path in files if is_image(path)}
     xmls = {path.stem: path for path in files if path.suffix.lower() == ".xml"}
     if not images:
         raise ValueError(f"{folder} has no images")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.formats import BOOKKEEPING, Layout, to_official, to_timm
 from models.normalisation import normalisation
-from models.reading import read_weights
+from models.reading import class_names, read_weights
 from models.weights import Report, choose_weights, fit
 
 from .backbones import OnBody
@@ -113,17 +113,20 @@ _BODY_MARKS = {
 _THEIRS, _OURS, _NORM = "backbone.", "body.model.", re.compile(r"norm(\d)\.")
 
 
-def load_dense(model: OnBody, source: str | Path, key: str | None = None) -> Report:
+def load_dense(
+    model: OnBody, source: str | Path, key: str | None = None, classes: Sequence[str] | None = None
+) -> Report:
     """Load a whole detector or segmenter, or a classifier into its body.
 
     Whole ones are of this project or of mmdetection's, mmsegmentation's, Swin's or ConvNeXt's code; classifiers are of
-    any format that ``models.load_weights`` reads. Where the file's classes are others in number, the layers that
-    predict them stay random. Nothing is changed if anything else does not fit.
+    any format that ``models.load_weights`` reads. Where the file's classes are others, by their names or in number, the
+    layers that predict them stay random. Nothing is changed if anything else does not fit.
 
     Args:
         model: without wrappers.
         source: a path, a URL, ``hf_hub:owner/name`` or ``hf_hub:owner/name/file``.
         key: which weights of a checkpoint: ``model`` (by default), ``model_ema`` or another entry's name.
+        classes: names of the model's, to compare with those that the file may state; None: they are not.
 
     Raises:
         ValueError: the file cannot be read safely, or does not fit; the message names the tensors.
@@ -136,21 +139,23 @@ def load_dense(model: OnBody, source: str | Path, key: str | None = None) -> Rep
         return report
     report.layout, state = to_ours(state)
     own, new, faults = model.state_dict(), {}, []
-    classes = model.class_layers()
+    layers, theirs = model.class_layers(), class_names(content)
+    others = classes is not None and theirs is not None and theirs != list(classes)
     for name, tensor in state.items():
         fitted = fit(name, tensor, own[name]) if name in own else None
-        if fitted is not None:
+        of_class = name in own and name.rpartition(".")[0] in layers
+        if fitted is not None and not (others and of_class):
             new[name] = fitted
             if fitted.numel() != tensor.numel():
                 report.resized[name] = tuple(tensor.shape), tuple(fitted.shape)
-        elif name in own and name.rpartition(".")[0] in classes:
+        elif of_class:
             report.dropped.append(name)
         elif not BOOKKEEPING.match(name):
             wanted = f"not {tuple(own[name].shape)}" if name in own else "which the model lacks"
             faults.append(f"{name} {tuple(tensor.shape)}, {wanted}")
     if any(name in report.dropped for name in own):  # all of these layers or none: their classes are the same
-        new = {name: tensor for name, tensor in new.items() if name.rpartition(".")[0] not in classes}
-        report.random = [name for name in own if name.rpartition(".")[0] in classes]
+        new = {name: tensor for name, tensor in new.items() if name.rpartition(".")[0] not in layers}
+        report.random = [name for name in own if name.rpartition(".")[0] in layers]
     faults += [f"{name} missing" for name in own if name not in {*new, *report.random} and _trained(name)]
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
@@ -160,6 +165,8 @@ def load_dense(model: OnBody, source: str | Path, key: str | None = None) -> Rep
         )
     model.load_state_dict(new, strict=False)
     report.loaded = list(new)
+    if others:
+        report.head = f" (new class layers: {Path(source).name} knows other classes than these {len(classes)})"
     layout = Layout(report.layout, frozenset())
     report.mean, report.std, report.why = normalisation(model, content, str(source), layout, state)
     return report

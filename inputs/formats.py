@@ -1,7 +1,10 @@
 """What is an image: by its content, whatever its name says; and which formats this machine's Pillow reads."""
 
+import fnmatch
 import importlib
 import os
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 
@@ -101,3 +104,10 @@ def why_left_out(kind: str, format: str | None) -> str:
         return kind
     package = _PLUGINS.get(format, (None, None, None))[2]
     return f"{kind} ({_TITLES.get(format, format)}: " + (f"pip install {package})" if package else "not readable here)")
+
+
+def unread(names: Iterable[str], pattern: str) -> Counter:
+    """Files beside shards, which are not read, by kind: those of another ending than the pattern's."""
+    like = "*" + os.path.splitext(pattern)[1]
+    others = (name for name in names if not fnmatch.fnmatchcase(name, like) and not hidden(name))
+    return Counter(f"{ending(name)} beside the shards" for name in others)

@@ -119,8 +119,8 @@ class ParquetIndex:
         return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
 
     def contents(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of images by kind, and nothing that was skipped: as `FolderIndex.contents`."""
-        return {f"rows of {len(self.shards.names):,} Parquet files": len(self)}, {}
+        """Number of images by kind, and of files that are not read: as `FolderIndex.contents`."""
+        return {f"rows of {len(self.shards.names):,} Parquet files": len(self)}, self.shards.beside
 
     def read(self, i: int) -> bytes:
         """Content of image ``i``. Raises as `Shards.read`, and BadImage for a row without one."""

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 
 from config.urls import check_url, is_url, redact
 from inputs.decode import BadImage
-from inputs.formats import hidden
+from inputs.formats import hidden, unread
 from utils import Unreachable
 
 Result = TypeVar("Result")
@@ -116,6 +116,7 @@ class RemoteShards:
         self.root, self.which = url.rstrip("/"), pattern
         last = self.root.rpartition("/")[2]
         file_system(self.root)
+        self.beside: dict[str, int] = {}
         if "{" in last or fnmatch.fnmatch(last, pattern):
             self.root, self.which = self.root.rpartition("/")[0], last
             self.names = expand(last)
@@ -209,6 +210,7 @@ class RemoteShards:
                 "('.' for shards in --data_path itself), or hold training images out with --val_share 10%"
             ) from None
         found = {entry["name"].rstrip("/").rpartition("/")[2]: entry for entry in entries if entry["type"] == "file"}
+        self.beside = unread(found, pattern)
         names = sorted(name for name in found if fnmatch.fnmatch(name, pattern) and not hidden(name))
         return names, [_stamp(found[name], f"{self.root}/{name}") for name in names]
 

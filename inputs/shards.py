@@ -12,7 +12,7 @@ from typing import BinaryIO, Protocol, TypeVar
 from config.files import open_file
 from config.urls import is_url
 from inputs.decode import BadImage
-from inputs.formats import hidden
+from inputs.formats import hidden, unread
 from inputs.index_file import INDEX_NAME
 from inputs.open_files import OpenFiles
 from inputs.remote import RemoteShards
@@ -27,6 +27,7 @@ class Shards(Protocol):
     which: str  # of the folder's files: a pattern or one name
     names: list[str]
     stamps: list[list]  # of each file: its size in bytes, and what changes when its content does
+    beside: dict[str, int]  # files in the folder that are not read, by kind
     readers: int  # threads that pay when all files are looked at
 
     def read(self, k: int, offset: int, size: int) -> bytes:
@@ -54,6 +55,7 @@ class LocalShards:
         self.root = os.fspath(self.root)
         found = [path] if path.is_file() else [p for p in path.glob(pattern) if p.is_file()]
         self.names = sorted(p.name for p in found if not hidden(p.name))
+        self.beside = {} if path.is_file() else unread((p.name for p in path.iterdir() if p.is_file()), pattern)
         if not self.names:
             raise ValueError(f"--data_path: there is no {pattern} in {path}")
         status = [os.stat(self.name(k)) for k in range(len(self.names))]

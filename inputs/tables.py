@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from config.files import open_file
 from inputs.formats import ENDINGS, ending
 from inputs.members import label_text
 
@@ -89,7 +90,8 @@ def read_table(
     if path.suffix.lower() not in KINDS:
         raise ValueError(f"--labels {path}: its ending must be one of {' '.join(KINDS)}")
     try:
-        stamp = path.stat().st_mtime_ns
+        with open_file(path) as file:  # no pipe, which would be waited for
+            stamp = os.fstat(file.fileno()).st_mtime_ns
         return _cached(path, stamp, tuple(columns) if columns else None, separator, several)
     except (OSError, UnicodeDecodeError, csv.Error, json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"--labels {path} cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -104,8 +104,8 @@ class TarIndex:
         return np.fromiter(map(hash_of, self.relatives()), dtype=np.uint32, count=len(self))
 
     def contents(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Number of images by ending, and of members that are not read by kind."""
-        return self._index.meta["endings"], self._index.meta["left_out"]
+        """Number of images by ending, and of members and files that are not read by kind."""
+        return self._index.meta["endings"], {**self._index.meta["left_out"], **self.shards.beside}
 
     def read(self, i: int) -> bytes:
         """Content of image ``i``. Raises as `Shards.read`."""

@@ -218,7 +218,8 @@ def hold_out(source: Source, per_class: int | None = None, share: float | None =
     Whether an image is held out depends on a hash of its relative path and a threshold, so that adding, removing or
     renaming other images does not move it to the other part. The threshold is ``share``; with ``per_class`` it is that
     of about so many images in each class, at most a tenth: the class's size counts rounded to a power of two, lest
-    every image more or less shift it. A class of which all images would be held out spares none.
+    every image more or less shift it. A class of which all images would be held out spares none. Images without any
+    label are held out as if they were a class.
 
     Raises:
         ValueError: neither or both are given, one is out of range, or no image at all is held out.
@@ -232,17 +233,24 @@ def hold_out(source: Source, per_class: int | None = None, share: float | None =
     labels, classes = source.labels(), len(source.classes)
     single = labels.ndim == 1
     sizes = np.bincount(labels, minlength=classes) if single else labels.sum(0)
-    if share is not None:
-        thresholds = np.full(classes, share)
-    else:
-        thresholds = np.minimum(per_class / 2.0 ** np.round(np.log2(np.maximum(sizes, 1))), 0.1)
-    # An image of several classes is held out by the least eager of them.
-    own = thresholds[labels] if single else np.where(labels, thresholds, 1.0).min(1)
+
+    def threshold(count):
+        """Of a class of so many images."""
+        if share is not None:
+            return np.full(np.shape(count), share)
+        return np.minimum(per_class / 2.0 ** np.round(np.log2(np.maximum(count, 1))), 0.1)
+
+    thresholds = threshold(sizes)
+    if single:
+        own = thresholds[labels]
+    else:  # an image of several classes is held out by the least eager of them; those of none are as a class
+        own, without = np.where(labels, thresholds, 1.0).min(1), ~labels.any(1)
+        own[without] = threshold(without.sum())
     held = mix(path_hashes(source)) < np.minimum(own * 2.0**64, 2.0**64 - 2048).astype(np.uint64)
     spared = np.bincount(labels[held], minlength=classes) if single else labels[held].sum(0)
-    if single:
-        held &= ~(spared == sizes)[labels]
-        spared = np.where(spared == sizes, 0, spared)
+    whole = spared == sizes
+    held &= ~(whole[labels] if single else (labels & whole).any(1))
+    spared = np.bincount(labels[held], minlength=classes) if single else labels[held].sum(0)
     if not held.any():
         setting = f"--val_per_class {per_class}" if share is None else f"--val_share {share:g}"
         raise ValueError(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from config import Config, plain
 from config.files import read_text
 from config.kinds import named
 
-from .run_files import check_records, read_environment, read_plan, read_settings
+from .run_files import check_records, read_environment, read_log, read_plan, read_settings
 
 PER_IMAGE = 6  # FLOPs of training for each multiply-add of a forward pass: two, and twice that backward
 _OWN_FOLDER = re.compile(r"[/~\\]|[A-Za-z]:[/\\]")  # how a path begins that says where somebody's files lie
@@ -69,15 +69,14 @@ def recipe(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _run(folder: Path, content: Mapping[str, Any]) -> tuple[list[dict[str, Any]], dict[int, float], dict[str, Any]]:
     """Of the checkpoint's run, if the folder is its own: records of the passes that the weights have seen,
     multiply-adds of an image by input size, and the devices."""
-    records = []
+    path = folder / "log.txt"
     try:
-        path = folder / "log.txt"
-        for line in read_text(path).splitlines():
-            with suppress(ValueError):  # a damaged line
-                records.append(json.loads(line))
-        check_records(records, path)
+        records = check_records(read_log(path), path)
         plan, environment, settings = read_plan(folder), read_environment(folder), read_settings(folder)
-    except (OSError, ValueError):  # the checkpoint alone then says what it can
+    except FileNotFoundError:  # the checkpoint alone then says what it can
+        return [], {}, {}
+    except (OSError, ValueError) as error:
+        print(f"warning: of the run only its checkpoint is told: {error}", file=sys.stderr)
         return [], {}, {}
     progress = content.get("progress")
     if progress is None or recipe(settings) != recipe(content.get("config") or {}):

@@ -15,6 +15,7 @@ from .formats import to_official, to_timm
 from .graphs import export_graph
 from .hub import export_folder, push, write_safetensors
 from .reading import read_weights
+from .rebuilt import refuse_dense
 from .weights import choose_weights
 
 
@@ -35,6 +36,7 @@ def export(source: str, out: str | Path, form: str, ema: bool = False) -> str:
         ValueError: the source cannot be read, lacks what is asked for, or no official names are known for it.
     """
     content = read_weights(source)
+    refuse_dense(content, source)
     report, state = choose_weights(content, source, "model_ema" if ema else None)
     about = facts(source, content, report.key) if "format_version" in content else None
     layout, state = to_timm(state)

@@ -86,6 +86,21 @@ def read_weights(source: str | Path) -> dict[str, Any]:
     return checkpoints.load(path) if "format_version" in content else content
 
 
+def class_names(content: dict[str, Any]) -> list[str] | None:
+    """Names of a model's outputs as its weight file states them, in their order; None if it does not.
+
+    Ours have them under ``classes``, mmdetection's and mmsegmentation's among what they say of the data set.
+    """
+    about = content.get("meta")
+    about = about if isinstance(about, dict) else {}
+    set_of = about.get("dataset_meta")
+    set_of = set_of if isinstance(set_of, dict) else {}
+    for names in (content.get("classes"), about.get("CLASSES"), set_of.get("classes"), set_of.get("CLASSES")):
+        if isinstance(names, list | tuple) and names and all(isinstance(name, str) for name in names):
+            return list(names)
+    return None
+
+
 def _fetch(source: str) -> Path:
     """The local path of a source, downloaded first where it is elsewhere."""
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +36,13 @@ class Rebuilt:
     report: Report
 
 
+def refuse_dense(content: Mapping[str, Any], source: str) -> None:
+    """Raises ValueError for a checkpoint of a detector or segmenter."""
+    settings = content.get("config") if "format_version" in content else None
+    if settings and settings.get("task") in ("detection", "segmentation"):
+        raise ValueError(f"{source} is a {settings['task']} checkpoint: export it by python -m dense.export")
+
+
 def rebuild(source: str, size: int | None = None, ema: bool = False, name: str | None = None) -> Rebuilt:
     """Build the classifier of a checkpoint of this project.
 
@@ -51,8 +59,7 @@ def rebuild(source: str, size: int | None = None, ema: bool = False, name: str |
     settings, classes = content.get("config"), content.get("classes")
     if "format_version" not in content or not classes:
         raise ValueError(f"{source} is not a checkpoint of this project, so its model cannot be built from it")
-    if settings.get("task") in ("detection", "segmentation"):
-        raise ValueError(f"{source} is a {settings['task']} checkpoint: export it by python -m dense.export")
+    refuse_dense(content, source)
     try:
         size = size or settings["eval_size"] or settings["input_size"]
         outputs = settings["num_classes"] or len(classes)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +13,7 @@ import msgspec
 from typing_extensions import Required, TypedDict
 
 from config import Config
-from config.files import read_text
+from config.files import read_bytes, read_text
 from config.recipes import plain, read_yaml
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=1 << 53)]
@@ -18,6 +21,7 @@ Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 14)]
 Number = Annotated[float, msgspec.Meta(ge=-1e15, le=1e15)]  # and so neither NaN nor infinity
 Positive = Annotated[float, msgspec.Meta(gt=0, le=1e15)]
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=1e12)]
+MOST_DAMAGED = 1000  # lines of a log.txt
 Short = Annotated[str, msgspec.Meta(max_length=1000)]
 
 
@@ -162,6 +166,36 @@ def check_records(records: list[Any], path: Path) -> list[dict[str, Any]]:
     """The records of a log.txt. Raises ValueError for a line that is no record of a pass, naming it."""
     for number, record in enumerate(records, 1):
         _convert(record, Record, f"{path}, record {number}")
+    return records
+
+
+def parse_record(line: str) -> dict[str, Any] | None:
+    """A line of log.txt; None for a damaged one."""
+    try:
+        record = json.loads(line)
+        return record if isinstance(record, dict) and math.isfinite(record["progress"]) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The records of a log.txt. Damaged lines are passed over, and said on standard error.
+
+    Raises:
+        ValueError: it has more than 1,000 of them: it is something else.
+    """
+    records, damaged = [], []
+    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
+        record = parse_record(line.decode("utf-8", "surrogateescape"))
+        if record is not None:
+            records.append(record)
+        elif line.endswith(b"\n"):  # else it is in the making, or a kill cut it short
+            damaged.append(number)
+        if len(damaged) > MOST_DAMAGED:
+            raise ValueError(f"{path} is no log of a run: more than {MOST_DAMAGED:,} lines hold no record")
+    if damaged:
+        listed = ", ".join(map(str, damaged[:5])) + ", ..." * (len(damaged) > 5)
+        print(f"warning: {path} line {listed} is damaged and passed over", file=sys.stderr)
     return records
 
 

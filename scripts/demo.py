@@ -22,8 +22,9 @@ import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from models.run_files import read_log
 from studies.factors import Curve, factor
-from training.logs import read_log, spread
+from training.logs import spread
 from utils import duration_text
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -28,16 +28,18 @@ sys.path.insert(0, str(ROOT))
 
 from config import Config  # noqa: E402
 from config.kinds import named  # noqa: E402
-from models.run_files import check_records, read_environment, read_plan, read_settings  # noqa: E402
+from models.run_files import check_records, read_environment, read_log, read_plan, read_settings  # noqa: E402
 from studies.figures import panels, save  # noqa: E402
 from training.early_stop import read_note  # noqa: E402
-from training.logs import read_log, spread  # noqa: E402
+from training.logs import spread  # noqa: E402
 from utils import duration_text  # noqa: E402
 
 # What says where, how fast or how often a run looks, and not what it learns; and what its repetitions differ in.
-CIRCUMSTANCES = (*named(Config, "free"), "seed")
+OF_DATA = ("data_set", "train_split", "val_split", "val_per_class", "val_share", "label_key", "label_columns")
+OF_DATA += ("label_separator", "class_map", "labels")
+CIRCUMSTANCES = ({*named(Config, "free")} | {"seed"}) - {*OF_DATA}
 # What runs are judged by, in the column top-1 too.
-SCORES = {"detection": "test_box_AP", "segmentation": "test_mIoU"}
+SCORES = {"multilabel": "test_map", "detection": "test_box_AP", "segmentation": "test_mIoU"}
 COLUMNS = (
     *("table", "row", "model", "curriculum", "epochs", "runs", "top-1", "theirs", "difference"),
     *("less compute", "theirs ", "less time", "theirs  ", "training time"),
@@ -72,7 +74,11 @@ class Run:
     def recipe(self) -> str:
         """What runs of different seeds share."""
         settings = {key: value for key, value in self.settings.items() if key not in CIRCUMSTANCES}
-        return json.dumps([settings, self.changes])
+        for key in ("class_map", "labels"):  # files, wherever they lie
+            settings[key] = settings[key] and Path(settings[key]).name
+        first = self.plan["stages"][0]
+        images = round(first["images"] / first["passes"]) if first["passes"] > 0 else None  # of the training set
+        return json.dumps([settings, self.changes, images])
 
     @property
     def comparable(self) -> tuple[Any, ...]:

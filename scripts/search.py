@@ -45,7 +45,7 @@ from studies.trials import CIRCUMSTANCES, Laboratory, SearchStopped, launch  # n
 from utils import STOPPED, die, duration_text, write_text  # noqa: E402
 
 # Flags that the search sets itself, or that train nothing.
-OURS = ("output_dir", "resume", "stop_after", "allow_change", "eval", "plan", "doctor", "predict")
+OURS = ("output_dir", "resume", "stop_after", "allow_change", "eval", "plan", "doctor", "predict", "suggest")
 PARITY_S = ("epochs", "lr", "batch_size", "eval_interval", "keep_checkpoints")  # that parity sets itself, too
 STATED = ("curriculum", "epochs", "batch_size", "lr")  # in a recipe even where they are the defaults
 
@@ -247,6 +247,15 @@ def make_parity(args: argparse.Namespace, configs: dict[str, Config]) -> Parity:
     return Parity(arms, args.budgets, lrs, batches, args.seeds)
 
 
+def check_whole(config: Config) -> None:
+    """Raises ValueError for settings by which a trial would end before its plan: its accuracy is taken at the end."""
+    for name in ("patience", "stop_if"):
+        if (value := getattr(config, name)) is not None:
+            raise ValueError(
+                f"--{name} {value}: trials are compared at their ends, so that all run to it; leave it out"
+            )
+
+
 def make_slots(parallel: int | None, device: str) -> list[dict[str, str]]:
     """The environment of each trial that may run at a time: a GPU of its own, or a share of the cores."""
     gpus = torch.cuda.device_count() if device in ("auto", "cuda") else 0
@@ -290,6 +299,7 @@ def main(argv: list[str], launch=launch) -> int:
             configs = {"": parse_config(flags)}
         for config in configs.values():
             check_settings(config)
+            check_whole(config)
         if parity:
             search = make_parity(args, configs)
             studies = [*search.arms.values()]

@@ -27,16 +27,20 @@ from typing_extensions import TypedDict
 from config import Config, plain, to_yaml
 from config.files import read_text
 from config.kinds import named
-from training.logs import read_log
+from models.run_files import read_log
 from utils import STOPPED, duration_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
+# Settings that say what the data are; keys of before they were there are those of their defaults.
+OF_LATER = ("val_share", "labels", "label_columns", "label_separator", "label_key")
 # Settings that say where and how a run is carried out, and not what comes out of it: where it starts and ends, and the
 # data by name, are part of what it is.
 CIRCUMSTANCES = tuple(
     {*named(Config, "free")}
     - {"resume", "stop_after", "data_path", "data_set", "train_split", "val_split", "val_per_class", "class_map"}
+    - {*OF_LATER}
 )
+DEFAULTS = Config()
 
 
 class Entry(TypedDict):
@@ -88,7 +92,11 @@ class Trial:
     @cached_property
     def key(self) -> str:
         """A digest of the settings, and so of all that is continued from too: such paths are named by their keys."""
-        settings = {name: value for name, value in asdict(self.config).items() if name not in CIRCUMSTANCES}
+        settings = {
+            name: value
+            for name, value in asdict(self.config).items()
+            if name not in CIRCUMSTANCES and not (name in OF_LATER and value == getattr(DEFAULTS, name))
+        }
         for name in ("resume", "finetune"):
             if settings[name] and Path(settings[name]).parent.parent.name == "trials":
                 settings[name] = Path(settings[name]).parent.name

@@ -227,8 +227,8 @@ def test_a_training_image_that_is_gone_is_replaced_and_recorded(coco, made, tmp_
     dense_data.write_coco(root, made)
     (root / "train/scene_04.jpg").unlink()
     (root / "train/scene_06.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"1 of 23 training images are missing, --max_bad 0.001 allows 0 .*scene_04"):
-        open_coco(root)
+    with pytest.raises(ValueError, match=r"1 of 23 training images are missing, --max_bad 0 allows 0 .*scene_04"):
+        open_coco(root, max_bad=0)
     source = open_coco(root, max_bad=0.1)
     folder = tmp_path / "out"
     data = TrainScenes(source, DetectionTrain(128, (96,), 200), BadFiles(0.1, folder))
@@ -426,7 +426,7 @@ def test_images_without_labels_and_labels_without_image(made, tmp_path):
     (tmp_path / "masks/train/001.png").unlink()
     (tmp_path / "images/train/002.jpg").unlink()
     with pytest.raises(ValueError, match=r"2 of 4 training images are missing.*002.jpg \(which belongs to .*002.png"):
-        open_scenes("segmentation", "masks", tmp_path, "train", train=True)
+        open_scenes("segmentation", "masks", tmp_path, "train", train=True, max_bad=0)
     source = open_scenes("segmentation", "masks", tmp_path, "train", train=True, max_bad=0.5)
     data = TrainScenes(source, SegmentationTrain(64, 64, 64, 128), BadFiles(0.5, tmp_path / "out"))
     assert len([data[index, 64, None, 1] for index in range(4)]) == 4

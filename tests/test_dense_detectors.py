@@ -12,12 +12,13 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.roi_heads import RoIHeads as TorchvisionRoIHeads
 from torchvision.ops import MultiScaleRoIAlign
 
+from dense import upernet as upernet_module
 from dense.backbones import make_body
 from dense.boxes import Anchors, Pooler, focal_loss
 from dense.cascade import RoIHeads, Stage, linear_head
 from dense.cost import DETECTION, SEGMENTATION, count
 from dense.detectors import RETINANET_STRIDES, cascade_mask_rcnn, mask_rcnn, retinanet
-from dense.upernet import segment, upernet
+from dense.upernet import class_probabilities, segment, upernet
 
 CLASSES = 4
 STRIDES = (4, 8, 16, 32)
@@ -301,13 +302,18 @@ def test_upernet_counts_ignored_pixels_in_the_mean_and_nowhere_else():
     assert float(found["seg"]) == pytest.approx(float(-picked.sum() / labels.numel()), rel=1e-5)
 
 
+def probabilities(*arguments, **options):
+    return [torch.cat(list(bands), 1) for bands in class_probabilities(*arguments, **options)]
+
+
 def test_a_whole_image_is_segmented_alike_in_any_batch_and_by_scales_and_mirror():
     torch.manual_seed(0)
     model = upernet(make_body("convnext_atto"), 5, 16, 8).eval()
     image = torch.randn(1, 3, 48, 80)
     padded = F.pad(image, (0, 16, 0, 16))
-    alone = segment(model, image, [(48, 80)], [(60, 100)])[0]
-    batch = segment(model, torch.cat([padded, torch.randn(1, 3, 64, 96)]), [(48, 80), (64, 96)], [(60, 100)] * 2)[0]
+    alone = probabilities(model, image, [(48, 80)], [(60, 100)])[0]
+    two = torch.cat([padded, torch.randn(1, 3, 64, 96)])
+    batch = probabilities(model, two, [(48, 80), (64, 96)], [(60, 100)] * 2)[0]
     assert alone.shape == (5, 60, 100)
     torch.testing.assert_close(alone, batch)
     # By hand: each scale of the image and of its mirror image by itself, then the mean of what they say.
@@ -320,9 +326,28 @@ def test_a_whole_image_is_segmented_alike_in_any_batch_and_by_scales_and_mirror(
             for size in (scaled.shape[-2:], (60, 100)):
                 logits = F.interpolate(logits, size, mode="bilinear")
             wanted.append((logits.flip(-1) if mirrored else logits).softmax(1)[0])
-    both = segment(model, image, [(48, 80)], [(60, 100)], scales=(0.5, 1.0, 1.5), flip=True)[0]
+    both = probabilities(model, image, [(48, 80)], [(60, 100)], scales=(0.5, 1.0, 1.5), flip=True)[0]
     torch.testing.assert_close(both, torch.stack(wanted).mean(0))
     torch.testing.assert_close(
-        segment(model, image.flip(-1), [(48, 80)], [(60, 100)], flip=True)[0].flip(-1),
-        segment(model, image, [(48, 80)], [(60, 100)], flip=True)[0],
+        probabilities(model, image.flip(-1), [(48, 80)], [(60, 100)], flip=True)[0].flip(-1),
+        probabilities(model, image, [(48, 80)], [(60, 100)], flip=True)[0],
     )
+
+
+@pytest.mark.parametrize("out", [(60, 100), (203, 151), (20, 33), (1, 900), (900, 1)])
+def test_a_large_original_is_segmented_in_bands_of_rows(monkeypatch, out):
+    """A photograph of 24 million pixels has 150 times as many probabilities: 14 GB, and as much again for each step."""
+    torch.manual_seed(0)
+    model = upernet(make_body("convnext_atto"), 5, 16, 8).eval()
+    arguments = model, torch.randn(1, 3, 48, 80), [(48, 80)], [out]
+    options = {"scales": (0.5, 1.0), "flip": True}
+    with torch.no_grad():
+        (whole,), (labels,) = probabilities(*arguments, **options), segment(*arguments, **options)
+        assert torch.equal(labels, whole.argmax(0)) and labels.shape == out
+        monkeypatch.setattr(upernet_module, "MOST", 3000)
+        bands = list(next(class_probabilities(*arguments, **options)))
+        assert len(bands) > 1 or out[0] == 1
+        assert max(band.numel() for band in bands) <= max(3000, 5 * out[1])
+        torch.testing.assert_close(torch.cat(bands, 1), whole)
+        (found,) = segment(*arguments, **options)
+    assert (found == labels).float().mean() > 0.99

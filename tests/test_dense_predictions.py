@@ -133,3 +133,18 @@ def test_label_maps_are_drawn_half_over_the_image():
 
 def test_colours_of_classes_differ_and_stay():
     assert len(set(colours(150))) == 150 and colours(150)[:5] == colours(5)
+
+
+def test_images_that_differ_in_their_ending_alone_are_not_written_over(tmp_path):
+    labels, detections = LabelWriter(tmp_path / "labels", CLASSES, pictures=True), []
+    made = scenes(3)
+    for name, scene in zip(("a.jpg", "a.png", "x/../a.jpg"), made):
+        labels.add(name, tensor(scene), torch.from_numpy(label_map(scene)))
+        detections.append(name)
+    shown = {path.name for path in (tmp_path / "labels").glob("*.png")}
+    assert {"a.png", "a.png.png"} < shown and len(shown) == 3
+    assert len(list((tmp_path / "labels/pictures").iterdir())) == 3
+    writer = DetectionWriter(tmp_path / "boxes", CLASSES, False, pictures=True)
+    for name, scene in zip(detections, made):
+        writer.add(name, tensor(scene), detection(scene), tuple(2 * n for n in scene.image.shape[:2]))
+    assert len(list((tmp_path / "boxes/pictures").iterdir())) == 3

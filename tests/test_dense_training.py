@@ -183,6 +183,18 @@ def test_evaluation_and_predictions_of_a_checkpoint(whole, data, main_program, t
         assert len(list((tmp_path / "out").glob("*.png"))) == 5
 
 
+def test_a_run_resumes_and_is_evaluated_on_its_own_scenes_alone(whole, data, main_program, tmp_path, capsys):
+    other, checkpoint = tmp_path / "other", whole["detection"].output / "checkpoint-last.pth"
+    write_coco(other / "detection", scenes(13, 0), "train")
+    write_coco(other / "detection", scenes(5, 2), "val")
+    assert main_program(argv("detection", tmp_path / "a", other, eval=True, resume=checkpoint)) == 0
+    assert "the validation images are not those of the run" in capsys.readouterr().err
+    more = {"epochs": "6 steps", "model_ema": True, "model_ema_decay": 0.5, "resume": checkpoint}
+    assert main_program(argv("detection", tmp_path / "b", other, **more)) == 2
+    err = capsys.readouterr().err
+    assert "is of another run: validation digest was" in err and "--allow_change data" in err
+
+
 @pytest.mark.parametrize(
     ("task", "more", "message"),
     [

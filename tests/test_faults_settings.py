@@ -42,9 +42,10 @@ def test_a_setting_without_a_kind_is_found():
 
 def test_circumstances_follow_from_the_kinds():
     free = set(named(Config, "free"))
-    assert set(results.CIRCUMSTANCES) == free | {"seed"}
+    assert set(results.CIRCUMSTANCES) == (free | {"seed"}) - set(results.OF_DATA) and set(results.OF_DATA) < free
     assert set(trials.CIRCUMSTANCES) < free and "data_path" not in trials.CIRCUMSTANCES
-    for name in ("lr", "mixup", "batch_size", "val_split", "resume"):
+    assert set(trials.OF_LATER) < set(results.OF_DATA)
+    for name in ("lr", "mixup", "batch_size", "val_split", "resume", *results.OF_DATA):
         assert name not in trials.CIRCUMSTANCES
     for name in ("num_workers", "output_dir", "timeout"):
         assert name in trials.CIRCUMSTANCES and name in results.CIRCUMSTANCES

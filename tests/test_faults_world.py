@@ -178,6 +178,10 @@ def test_what_is_left_alone(environment):
         ({**OMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, r"mpirun \(Open MPI\) started 2 .*MASTER_ADDR, MASTER_PORT"),
         ({**PMI, "PMI_RANK": "0"}, r"mpiexec \(PMI\) started 2 processes, .*set LOCAL_RANK"),
         ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 processes"),
+        ({"RANK": "1"}, "RANK 1 and WORLD_SIZE None, which make no run: unset both"),
+        ({"WORLD_SIZE": "4"}, "RANK None and WORLD_SIZE 4"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK 2 and WORLD_SIZE 2"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK x and WORLD_SIZE 2"),
     ],
 )
 def test_processes_that_cannot_find_each_other_are_refused(environment, message):

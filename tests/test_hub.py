@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -290,3 +291,26 @@ def test_odd_contents_make_a_card_all_the_same():
     text = card("x", json.loads(json.dumps(about)), "", True)
     assert about["recipe"]["finetune"] == "weights.pth" and "secret" not in text
     assert "a\\|b" in text and about["cost"]["images"] == {"32": 0, "48": 40}
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe not text\n", b"[" * 100_000 + b"\n", b"3\n", b"{}\n", b'{"progress": NaN}\n']
+)
+def test_damaged_lines_of_a_log_are_passed_over_as_everywhere(finished, tmp_path, capsys, damage):
+    shutil.copytree(finished.output, tmp_path / "run")
+    source, state = str(tmp_path / "run" / CHECKPOINT), finished.state()
+    before = facts(source, state, "model")
+    lines = (tmp_path / "run/log.txt").read_bytes().splitlines(keepends=True)
+    (tmp_path / "run/log.txt").write_bytes(b"".join([lines[0], damage, *lines[1:]]))
+    assert facts(source, state, "model") == before and before["accuracy"] and before["cost"]["hours"]
+    assert "log.txt line 2 is damaged and passed over" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["log.txt", "plan.json", "config.yaml", "environment.json"])
+def test_a_damaged_run_is_told_by_its_checkpoint_alone_and_that_is_said(finished, tmp_path, capsys, name):
+    shutil.copytree(finished.output, tmp_path / "run")
+    (tmp_path / "run" / name).write_text("[1]\n" if name == "config.yaml" else '{"progress": 0.5}\n')
+    about = facts(str(tmp_path / "run" / CHECKPOINT), finished.state(), "model")
+    assert about["accuracy"] == [] and about["cost"]["hours"] is None and about["cost"]["images"]
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "warning: of the run only its checkpoint is told" in err and name in err

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import pickle
 import random
 import tarfile
@@ -461,3 +462,70 @@ def test_shards_of_any_make_equal_a_direct_reading(tmp_path):
         }
         assert found == truth
         assert len(scan(LocalShards(tmp_path / f"{number}.tar", "*.tar"), 0).members) == 20
+
+
+@pytest.mark.parametrize("kind", [".csv", ".jsonl", ".json", ".parquet"])
+def test_a_table_that_is_a_pipe_is_not_waited_for(tmp_path, kind):
+    os.mkfifo(tmp_path / f"labels{kind}")
+    with pytest.raises(ValueError, match=r"--labels .* cannot be read: not a regular file"):
+        read_table(tmp_path / f"labels{kind}")
+
+
+def test_a_class_map_without_images_is_named(tmp_path):
+    write_images(tmp_path / "train", [3, 3])
+    write_images(tmp_path / "val", [2])
+    (tmp_path / "map.txt").write_text("class_1\n")
+    config = Config(data_path=str(tmp_path), class_map=str(tmp_path / "map.txt"))
+    assert len(build_source(config, train=True)) == 3
+    with pytest.raises(ValueError, match=r"--class_map .*map.txt: the classes that it lists have no validation images"):
+        build_source(config, train=False)
+
+
+def test_files_beside_shards_are_counted_by_ending(tmp_path):
+    pack(tmp_path / "a.tar", [("cat/0.jpg", jpeg())])
+    pack(tmp_path / "b.tar", [("dog/0.jpg", jpeg())])
+    for name in ("c.tar.gz", "d.TAR", "e.zip", ".hidden"):
+        (tmp_path / name).write_bytes(b"x")
+    _, left_out = TarIndex(tmp_path).contents()
+    assert left_out == {".gz beside the shards": 1, ".tar beside the shards": 1, ".zip beside the shards": 1}
+    _, left_out = TarIndex(f"memory://{tmp_path.name}").contents() if _in_memory(tmp_path) else ({}, left_out)
+    assert left_out[".gz beside the shards"] == 1
+
+
+def _in_memory(folder):
+    import fsspec
+
+    system = fsspec.filesystem("memory")
+    for path in folder.iterdir():
+        system.pipe(f"/{folder.name}/{path.name}", path.read_bytes())
+    return True
+
+
+class Marked:
+    """Images of several labels each or of none, as the columns of a table say."""
+
+    def __init__(self, table):
+        self.table, self.classes = np.array(table, bool), [f"class {k}" for k in range(len(table[0]))]
+
+    def __len__(self):
+        return len(self.table)
+
+    def labels(self):
+        return self.table
+
+    def name(self, i):
+        return f"images/{i}.jpg"
+
+
+@pytest.mark.parametrize("how", [{"share": 0.1}, {"per_class": 100}, {"per_class": 1000}])
+def test_images_without_a_label_are_held_out_like_others(how):
+    source = Marked([[k % 2, 0] for k in range(2000)])
+    held = hold_out(source, **how)[1].labels()
+    assert 60 <= (~held.any(1)).sum() <= 140 and 60 <= held[:, 0].sum() <= 140
+
+
+def test_a_rare_label_is_not_held_out_as_a_whole():
+    for place in range(40):  # whichever image has it
+        source = Marked([[1, k == place] for k in range(40)])
+        train, held, none = hold_out(source, share=0.3)
+        assert train.labels()[:, 1].sum() == 1 and none == ["class 1"] and 0 < len(held) < 30

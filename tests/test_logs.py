@@ -12,8 +12,9 @@ from tensorboardX.proto.event_pb2 import Event
 
 from curriculum import build_plan
 from inputs import index_file
+from models.run_files import read_log
 from training import logs
-from training.logs import Progress, RunLog, progress_line, read_log
+from training.logs import Progress, RunLog, progress_line
 from utils import duration_text
 
 

@@ -78,6 +78,15 @@ def test_the_check_stops_main_before_training(main_program, folder, tmp_path, ca
     assert err.count("\n") == 1 and words in err and not (tmp_path / "run").exists()
 
 
+def test_the_check_stops_runs_of_several_labels_too(main_program, folder, tmp_path, capsys):
+    rows = [f"{path.relative_to(folder)},{path.parts[-3]},{path.parent.name}" for path in folder.glob("*/*/*.jpg")]
+    (tmp_path / "labels.csv").write_text("\n".join(["path,split,label", *rows]))
+    settings = {"model": "tests.test_own_weights:unused", "task": "multilabel", "labels": tmp_path / "labels.csv"}
+    assert main_program(flags(data_path=folder, output_dir=tmp_path / "run", **settings)) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "get no gradient (spare)" in err and not (tmp_path / "run").exists()
+
+
 class PairInTraining(nn.Linear):
     def forward(self, x):
         logits = super().forward(x.mean((2, 3)))

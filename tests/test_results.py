@@ -110,3 +110,27 @@ def test_a_real_run(train, capsys):
     assert cells[:6] == ["", "tests.tiny_models:convnet", "efficienttrain++", "1", "1", f"{log[-1]['test_acc1']:.2f}"]
     assert f"{total['speedup_flops'] or total['speedup_pixels']:.2f}x" in cells
     assert cells[-1] == duration_text(sum(record["seconds"] for record in log))
+
+
+def test_runs_of_several_labels_are_judged_by_their_map(make):
+    path = make("several", 50.0, 60, task="multilabel")
+    log = path / "log.txt"
+    log.write_text(log.read_text().replace("test_acc1", "test_map"))
+    (line,) = lines_of(path)
+    assert line["top-1"] == "50.00"
+
+
+@pytest.mark.parametrize(
+    "other", [{"labels": "/x/b.csv"}, {"class_map": "/x/m.txt"}, {"val_share": "10%"}, {"images": 48}]
+)
+def test_runs_on_other_data_are_not_repetitions(make, other):
+    make("a", 80.0, 60, labels="/here/a.csv")
+    make("b", 81.0, 60, labels="/elsewhere/a.csv", seed=1)
+    images = other.pop("images", None)
+    path = make("c", 20.0, 60, **{"labels": "/here/a.csv", **other})
+    if images:
+        plan = json.loads((path / "plan.json").read_text())
+        plan["stages"][0]["images"] = images
+        (path / "plan.json").write_text(json.dumps(plan))
+    lines = lines_of(path.parent)
+    assert sorted((line["runs"], line["top-1"]) for line in lines) == [("1", "20.00"), ("2", "80.50 +- 0.71")]

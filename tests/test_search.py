@@ -1,18 +1,21 @@
 """scripts/search.py: what searches choose where the outcome is known; real trials; stops, kills, the ledger."""
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ROOT, flags, script
 
-from config import load_recipe
+from config import Config, load_recipe
+from studies.trials import CIRCUMSTANCES, OF_LATER, Trial
 from utils import STOPPED
 
 search = script("search")
@@ -380,3 +383,26 @@ def wait_for(condition, seconds=90):
     while not condition():
         assert time.monotonic() < end, "it did not happen in time"
         time.sleep(0.02)
+
+
+def test_trials_on_other_labels_or_held_out_images_are_other_trials():
+    def key(**settings):
+        return Trial(Config(data_path="d", **settings), "x", 1.0).key
+
+    plain_settings = {name: value for name, value in asdict(Config(data_path="d")).items() if name not in CIRCUMSTANCES}
+    known = {name: value for name, value in plain_settings.items() if name not in OF_LATER}
+    assert key() == hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()[:16]  # as ledgers have it
+    others = [{"val_share": "10%"}, {"val_share": 0.2}, {"labels": "a.csv"}, {"labels": "b.csv"}, {"label_key": "cls"}]
+    assert len({key(), *(key(**other) for other in others)}) == len(others) + 1
+    assert key(num_workers=3) == key()
+
+
+def test_a_found_recipe_holds_out_what_its_trials_held_out(find, tmp_path):
+    assert find("magnitude", "--magnitudes", "none", launch=Play(lambda config: 50.0), val_share="30%") == 0
+    assert recipe(tmp_path, "magnitude")["val_share"] == "30%"
+
+
+@pytest.mark.parametrize("more", [{"patience": "10%"}, {"stop_if": "test_acc1 < 5 after 10%"}, {"suggest": True}])
+def test_trials_run_to_their_end(find, capsys, more):
+    assert find("tune", launch=Play(lambda config: 50.0), **more) == 2
+    assert f"--{next(iter(more))}" in capsys.readouterr().err

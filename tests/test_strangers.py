@@ -23,6 +23,7 @@ from models.run_files import read_settings
 from models.schema import check_fields
 from training.optimizer_state import load_optimizer_state
 from training.report import write_report
+from training.resume import class_order
 
 OTHER = ["text", -1, 2**70, 1.5, float("nan"), True, None, [], [1], {}, {"a": 1}, {1: 2}, torch.ones(2), [[["x"]]]]
 
@@ -477,3 +478,40 @@ def test_a_poisoned_search_folder_is_one_line(tmp_path, folder, capsys, name, po
     code = script("search").main([*command, *flags(data_path=folder)], launch=lambda *_: 1)
     err = capsys.readouterr().err
     assert code == 1 and err.count("\n") == 1 and err.startswith("error: ") and target.read_text() == "kept"
+
+
+@pytest.mark.parametrize("place", [{"epoch": 99}, {"step": 10**9}, {"step": 0}, {"epoch": 0}])
+def test_a_step_that_the_plan_does_not_have_is_one_line(run, folder, tmp_path, main_program, capsys, place):
+    state = checkpoints.load(run / "checkpoint-last.pth")
+    checkpoints.save(tmp_path / "changed.pth", {**state, **place})
+    argv = flags(output_dir=tmp_path / "out", data_path=folder, epochs=1, resume=tmp_path / "changed.pth")
+    assert main_program(argv) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "which its plan of" in err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("odd", [1000, 3.5, "text", [1, 2, 3], {"a": 1}, torch.ones(3), []])
+def test_weights_whose_classes_are_no_names_are_weights_all_the_same(folder, tmp_path, main_program, capsys, odd):
+    torch.manual_seed(0)
+    state = create_model("test_vit", 3, 64).state_dict()
+    torch.save({"model": state, "classes": odd, "meta": odd}, tmp_path / "w.pth")
+    argv = flags(model="test_vit", data_path=folder, finetune=tmp_path / "w.pth", eval=True)
+    assert main_program(argv) == 0
+    assert json.loads(capsys.readouterr().out)["images"] == 15
+    config = Config(finetune=str(tmp_path / "w.pth"))
+    assert class_order(config, None) is None
+
+
+def test_weights_of_another_task_are_not_scored(ours, folder, main_program, capsys):
+    path = ours("several.pth", lambda content: content["config"].update(task="multilabel"))
+    assert main_program(["--eval", "true", "--resume", str(path), "--data_path", str(folder), "--device", "cpu"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "is of --task multilabel, not supervised" in err
+
+
+def test_a_folder_for_labels_is_refused_before_they_are_made(ours, folder, tmp_path, main_program, capsys):
+    image = next(folder.glob("*/*/*.jpg"))
+    argv = ["--predict", str(image), "--resume", str(ours("x.pth", lambda content: None)), "--device", "cpu"]
+    assert main_program([*argv, "--predict_to", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"--predict_to {tmp_path} is a folder" in err

@@ -94,7 +94,10 @@ def open_sources(config: Config, classes: list[str] | None = None) -> tuple[Sour
     """The training and the validation set that the settings name, their classes in this order. Raises UsageError."""
     if config.task not in DENSE_TASKS:
         return build_source(config, True, classes), build_source(config, False, classes)
-    train = open_dense(config, True, classes)
+    train = open_dense(config, True)
+    ordered = config.task == "segmentation" or classes is None or list(classes) == train.classes
+    if not ordered and set(classes) == set(train.classes):  # label maps have the numbers of their classes in them
+        train = open_dense(config, True, classes)
     return train, open_dense(config, False, train.classes)
 
 

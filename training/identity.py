@@ -12,6 +12,7 @@ from config.kinds import named
 from curriculum import Plan, Segment
 from datasets import Source
 from inputs.views import fingerprint
+from models.checkpoints import BadCheckpoint
 
 OPTIMIZER = tuple(named(Config, "optimizer"))
 DENSE = ("task", "head", "head_args")
@@ -21,7 +22,8 @@ SETTINGS_OF_LATER = ("mask_ratio",)  # in the identity of earlier checkpoints, a
 # Settings that are compared by what came of them.
 IN_IDENTITY = ("batch_size", "seed", "model", "model_args", "num_classes", *MAE, *DENSE)
 # Settings that lead to what a key of the identity says, where it has another name.
-NARROWER = {"stages": ("input_size", "crop"), "base_size": ("input_size", "crop"), "classes": ("num_classes",)}
+SIZES = ("input_size", "crop", "test_side")  # of a classifier, a segmenter, a detector
+NARROWER = {"stages": SIZES, "base_size": SIZES, "classes": ("num_classes",)}
 
 
 def identify(config: Config, plan: Plan, sources: tuple[Source, Source], classes: int) -> dict[str, Any]:
@@ -126,6 +128,18 @@ def differences(saved: dict[str, Any], config: Config, now: dict[str, Any]) -> l
     return found
 
 
+def check_place(saved: dict[str, Any], plan: Plan, where: str) -> None:
+    """Raises BadCheckpoint for a step and a pass that do not go together, or that the plan does not have."""
+    step, number = saved["step"], saved["epoch"]
+    record = plan.records[min(number, len(plan) - 1)]
+    first = plan.total_steps if number == len(plan) else record.first_step
+    if number > len(plan) or not first <= step <= record.first_step + record.steps:
+        raise BadCheckpoint(
+            f"{where} says that it is of step {step} in pass {number + 1}, which its plan of {plan.total_steps} steps "
+            f"and {len(plan)} passes does not have: take another one"
+        )
+
+
 def _settings(before: dict[str, Any], config: Config, *names: str) -> list[tuple[str, str]]:
     now = json.loads(json.dumps(asdict(config)))
     names = [name for name in names if name in before and before[name] != now[name]]
@@ -156,3 +170,17 @@ def _differences(before: Any, now: Any, name: str) -> list[str]:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def differing_images(images: Source, usable: Source, content: dict[str, Any], where: str, config: Config) -> list[str]:
+    """A line that says that the validation images are not those of the run that wrote a checkpoint, if so."""
+    identity = content.get("identity")
+    saved = identity.get("validation") if isinstance(identity, dict) else None
+    if config.eval_data or not isinstance(saved, dict) or "digest" not in saved:
+        return []
+    counts = [number if isinstance(number, int) else 0 for number in (saved.get("images"), content.get("unusable"))]
+    then, now = counts[0] - counts[1], len(usable)
+    if then == now and saved["digest"] == fingerprint(images)["digest"]:
+        return []
+    said = f"{then} then, {now} now" if then != now else "other names"
+    return [f"warning: the validation images are not those of the run that wrote {where} ({said}): compare with care"]

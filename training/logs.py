@@ -6,7 +6,6 @@ import errno
 import io
 import itertools
 import json
-import math
 import os
 import resource
 import statistics
@@ -22,10 +21,10 @@ import torch
 from config.files import read_bytes
 from curriculum import Pass, Plan
 from engine import Training, total_norm
+from models.run_files import parse_record
 from training.curves import Curves, TensorBoard
 from utils import duration_text, unwrap, write_text
 
-MOST_DAMAGED = 1000
 ROUNDING = 1e-9  # progress that rounding may add
 
 
@@ -125,36 +124,6 @@ class RunLog:
             place.close()
         if self.path is not None and self.waiting:
             self._write_waiting()
-
-
-def parse_record(line: str) -> dict[str, Any] | None:
-    """A line of log.txt; None for a damaged one."""
-    try:
-        record = json.loads(line)
-        return record if isinstance(record, dict) and math.isfinite(record["progress"]) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The records of a log.txt. Damaged lines are passed over, and said on standard error.
-
-    Raises:
-        ValueError: it has more than 1,000 of them: it is something else.
-    """
-    records, damaged = [], []
-    for number, line in enumerate(io.BytesIO(read_bytes(path)), 1):
-        record = parse_record(line.decode("utf-8", "surrogateescape"))
-        if record is not None:
-            records.append(record)
-        elif line.endswith(b"\n"):  # else it is in the making, or a kill cut it short
-            damaged.append(number)
-        if len(damaged) > MOST_DAMAGED:
-            raise ValueError(f"{path} is no log of a run: more than {MOST_DAMAGED:,} lines hold no record")
-    if damaged:
-        listed = ", ".join(map(str, damaged[:5])) + ", ..." * (len(damaged) > 5)
-        print(f"warning: {path} line {listed} is damaged and passed over", file=sys.stderr)
-    return records
 
 
 class Progress:

@@ -23,11 +23,10 @@ from config import Config, plain
 from config.checks import DENSE_TASKS
 from config.files import read_bytes, read_text
 from curriculum import Plan
-from models.run_files import check_records, read_environment, read_findings, read_plan, read_settings
+from models.run_files import check_records, read_environment, read_findings, read_log, read_plan, read_settings
 from training.charts import Series, chart, stack
 from training.early_stop import read_note
 from training.findings import FINDINGS
-from training.logs import read_log
 from training.report_findings import class_scores, findings_section, remarks, table
 from utils import duration_text, write_text
 

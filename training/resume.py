@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from config import Config, UsageError, plain
-from config.checks import DENSE_TASKS, parse_interval
+from config.checks import parse_interval
 from curriculum import Pass, Plan
 from engine import Training
 from models import checkpoints
-from models.reading import read_weights
+from models.reading import class_names, read_weights
 from models.weights import nonfinite
-from training.identity import Difference
+from training.identity import Difference, check_place
 from training.optimizer_state import load_optimizer_state
 from utils import Topology, all_sum, from_main, unwrap
 
@@ -163,13 +163,16 @@ def adopt(
     it, and with them the input size and the learning rate.
 
     Raises:
+        BadCheckpoint: it is of a step or pass that its plan does not have.
         UsageError: nothing is left of the new plan; or the checkpoint is of an earlier version and does not say how
             far its plan was.
     """
     state = {"changes": [], "unwritten": "", "logged": None, "progress": None, "standing": {}, **state}
+    replanned = any(difference.replans for difference in found)
+    if not replanned:
+        check_place(state, plan, where)
     if not found:
         return state
-    replanned = any(difference.replans for difference in found)
     if state["progress"] is None and not replanned:
         logged = plan.records[state["epoch"]].start if state["epoch"] < len(plan) else 1.0
         state.update(progress=plan.progress(state["step"]), logged=logged)
@@ -246,9 +249,7 @@ def class_order(config: Config, found: tuple[Path, dict[str, Any]] | None) -> li
     """
     if found is not None:
         return found[1].get("classes")
-    if config.task in DENSE_TASKS:  # which fine-tune what knows other classes
-        return None
-    return read_weights(config.finetune).get("classes") if config.finetune else None
+    return class_names(read_weights(config.finetune)) if config.finetune else None
 
 
 def _choose(config: Config) -> tuple[Path, dict[str, Any]] | None:

@@ -16,11 +16,12 @@ from curriculum import Pass, Plan, set_input_size
 from datasets import Source, kill_workers
 from engine import Training
 from inputs.bad_files import FILE_NAME, BadFiles
+from models.run_files import read_log
 from training.advice import first_was_best
 from training.build import evaluated_passes, make_batches
 from training.curves import WandB
 from training.early_stop import EarlyStop, leave_note
-from training.logs import Progress, RunLog, measure, progress_line, read_log
+from training.logs import Progress, RunLog, measure, progress_line
 from training.numerics import NonFinite, snapshot
 from training.report import SAMPLES, save_samples, write_report
 from training.resume import History, Saver, pack
