@@ -121,7 +121,9 @@ def test_a_wrong_setting_is_wrong_usage_and_our_line_the_last(folder, tmp_path, 
         assert not run.output.exists()
 
 
-@pytest.mark.parametrize(("flags", "said"), [(["--micro_batch", "3"], "--micro_batch 3"), (["--lr", "fast"], "--lr is")])
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--micro_batch", "3"], "--micro_batch 3"), (["--lr", "fast"], "--lr is")]
+)
 def test_a_wrong_setting_on_two_machines_ends_both_with_our_line(folder, tmp_path, flags, said):
     where = ["--nproc", "1", "--nnodes", "2", "--master", f"127.0.0.1:{free_port()}"]
     bases = [tmp_path / "0", tmp_path / "1"]
