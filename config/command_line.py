@@ -135,7 +135,7 @@ def _parse(parser: ArgumentParser, argv: list[str]) -> Any:
     try:
         return parser.parse_args(argv, defaults=False)
     except ArgumentError as error:
-        if match := re.match(r"unrecognized arguments: (-*)([^\s=]*)", str(error)):
+        if match := re.match(r"(?i)unrecognized arguments: (-*)([^\s=]*)", str(error)):
             if match[1]:
                 raise ValueError("command line: " + _unknown(match[2], ["recipe"])) from None
             raise ValueError(f"command line: {match[2]!r} belongs to no setting; write --setting value") from None

@@ -59,6 +59,8 @@ class Body(nn.Module):
             needed = math.lcm(getattr(model, "size_multiple", 1), max(found))
             self.multiple = 4 if isinstance(model, SwinTransformer) else needed
         model.prune_intermediate_layers(self.indices, prune_norm=True, prune_head=True)
+        if isinstance(getattr(getattr(model, "head", None), "norm", None), nn.Module):
+            model.head.norm = nn.Identity()  # which timm leaves in before 1.0.31
         self.model = model
         batch_norm = any(isinstance(part, nn.modules.batchnorm._BatchNorm) for part in model.modules())
         eps = next((part.eps for part in model.modules() if isinstance(part, nn.LayerNorm)), 1e-6)
@@ -186,7 +188,7 @@ def _feature_info(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def _as_in_detection(model: SwinTransformer) -> None:
-    model.set_input_size(always_partition=True)
+    model.set_input_size(img_size=model.patch_embed.img_size, always_partition=True)
     model.patch_embed.strict_img_size = False
     for block in model.modules():
         if isinstance(block, SwinTransformerBlock):

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import batched_nms, clip_boxes_to_image, roi_align, sigmoid_focal_loss
 
+# Older torch has the second alone, which is true under torch.compile too: there pooling is slower, with equal results.
+exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
 
 class Anchors(nn.Module):
     """Boxes of several shapes around the top left corner of every cell of every level, in float32 whatever the maps.
@@ -72,7 +75,7 @@ class Pooler(nn.Module):
         pooled = rois.new_zeros(len(rois), maps[0].shape[1], self.size, self.size)
         for level, (x, stride) in enumerate(zip(maps, self.strides)):
             chosen = levels == level
-            if torch.compiler.is_exporting():  # every box on every level: four times the work, but of fixed shapes
+            if exporting():  # every box on every level: four times the work, but of fixed shapes
                 part = roi_align(x.float(), rois, self.size, 1 / stride, self.samples, self.aligned)
                 pooled = torch.where(chosen[:, None, None, None], part, pooled)
             else:

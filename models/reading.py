@@ -46,6 +46,7 @@ def _named(full_name: str) -> type:
 # Beyond tensors and plain Python values a file may hold these, and nothing else.
 _ALLOWED = [
     argparse.Namespace,
+    set,  # no plain Python value to torch 2.4
     _named("numpy.dtype"),
     _named("numpy.core.multiarray.scalar"),
     _named("numpy._core.multiarray.scalar"),

@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models.metaformer import MetaFormer
 from torch import nn
 
 from curriculum.skeleton import Skeleton
@@ -211,7 +212,8 @@ def _build(name: str, factory: Callable[..., nn.Module], options: dict[str, Any]
         _scale_windows(model, input_size)
     use_authors_head(model)
     model.input_size = input_size
-    model.takes_size = scale_windows or "img_size" in options
+    # Before 1.0.31 timm's MetaFormer takes any setting, and ignores those that it does not know.
+    model.takes_size = scale_windows or ("img_size" in options and not isinstance(model, MetaFormer))
     return model
 
 

@@ -56,7 +56,9 @@ for end in "${ends[@]}"; do
     sed "s/ *#.*//; /^\$/d; $versions" "$ROOT/requirements.txt" >"$wanted"
     if ! cmp -s "$wanted" "$environment/installed.txt"; then
         echo "installing the $end packages into $environment"
-        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade -r "$wanted"
+        # uv finds releases that agree in seconds; pip tries them one by one, hundreds of boto3 among them.
+        "$environment/bin/python" -m pip install --quiet --disable-pip-version-check uv
+        "$environment/bin/python" -m uv pip install --quiet --python "$environment/bin/python" --upgrade -r "$wanted"
         cp "$wanted" "$environment/installed.txt"
     fi
     "$environment/bin/python" -c "

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT, TINY, Run
+from processes import free_port
 
 from training.one_writer import OneWriter
 from utils import Topology
@@ -118,3 +119,20 @@ def test_a_wrong_setting_is_wrong_usage_and_our_line_the_last(folder, tmp_path, 
         last = run.log.read_text().splitlines()[-1]
         assert last.startswith("error: [rank ") and said in last
         assert not run.output.exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(["--micro_batch", "3"], "--micro_batch 3"), (["--lr", "fast"], "--lr is")]
+)
+def test_a_wrong_setting_on_two_machines_ends_both_with_our_line(folder, tmp_path, flags, said):
+    where = ["--nproc", "1", "--nnodes", "2", "--master", f"127.0.0.1:{free_port()}"]
+    bases = [tmp_path / "0", tmp_path / "1"]
+    for base in bases:
+        base.mkdir()
+    machines = [TrainSh(folder, base, *where, "--node_rank", base.name, *flags) for base in bases]
+    with machines[0], machines[1]:
+        for rank, run in enumerate(machines):
+            assert run.process.wait(120) == 2, run.log.read_text()
+            last = run.log.read_text().splitlines()[-1]
+            assert last.startswith(f"error: [rank {rank} ") and said in last
+            assert not run.output.exists()

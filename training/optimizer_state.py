@@ -56,7 +56,10 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict[str, Any]
 
 def _counters(own: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """Numbers of a saved group that the settings do not say: what the optimizer counts there (LAMB its steps)."""
-    counters = {key: value for key, value in saved.items() if key not in own or key == "step"}
+    # A switch that is not there today is one of a newer torch (AdamW's decoupled_weight_decay).
+    counters = {
+        key: value for key, value in saved.items() if key == "step" or (key not in own and not isinstance(value, bool))
+    }
     for key, value in counters.items():
         plain = value.item() if isinstance(value, torch.Tensor) and value.ndim == 0 else value
         if not isinstance(key, str) or isinstance(plain, bool) or not isinstance(plain, int | float | None):
