@@ -96,8 +96,8 @@ class UperNet(OnBody):
             return logits
         auxiliary = self.auxiliary_classifier(self.auxiliary_head(maps[self.auxiliary]))
         return {
-            "seg": _loss(logits, targets),
-            "aux": AUXILIARY_WEIGHT * _loss(auxiliary, targets),
+            "seg": _loss(logits, targets, self.body.strides[0]),
+            "aux": AUXILIARY_WEIGHT * _loss(auxiliary, targets, self.body.strides[self.auxiliary]),
         }
 
 
@@ -139,14 +139,14 @@ def segment(
             scaled = image if scale == 1 else F.interpolate(image, side, mode="bilinear", antialias=scale < 1)
             for mirrored in (False, True)[: 1 + flip]:
                 logits = model(scaled.flip(-1) if mirrored else scaled).float()
-                logits = resize(resize(logits, scaled.shape[-2:]), out)
+                logits = resize(spread(logits, model.body.strides[0], scaled.shape[-2:]), out)
                 total = total + (logits.flip(-1) if mirrored else logits).softmax(1)[0]
         found.append(total / (len(scales) * (1 + flip)))
     return found
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = resize(logits.float(), targets.shape[-2:])
+def _loss(logits: Tensor, targets: Tensor, stride: int) -> Tensor:
+    logits = spread(logits.float(), stride, targets.shape[-2:])
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
@@ -159,6 +159,12 @@ def _classifier(width: int, num_classes: int, dropout: float) -> nn.Module:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return nn.Sequential(nn.Dropout2d(dropout), layer)
+
+
+def spread(x: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """A map (N, C, h, w) at a stride -> (N, C, height, width) of the image. Bodies pad images to whole cells, at the
+    right and below, and the cells that lie beyond the image are cut off, not squeezed into it."""
+    return resize(x, [cells * stride for cells in x.shape[-2:]])[..., : size[0], : size[1]]
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
