@@ -36,6 +36,10 @@ def check_segmentation(segmentation: Any, size: tuple[int, int] | None) -> None:
                 )
             if not all(isinstance(value, int | float) and abs(value) <= 1e6 for value in polygon):  # nor nan
                 raise BadAnnotation(f"a polygon's coordinates are not pixels: {short(polygon)}")
+        if size is not None and not any(_encloses(polygon, *size) for polygon in segmentation):
+            raise BadAnnotation(
+                f"its polygons enclose nothing of the image, {size[1]} x {size[0]} pixels: {short(segmentation)}"
+            )
         return
     if not isinstance(segmentation, dict) or "size" not in segmentation or "counts" not in segmentation:
         raise BadAnnotation(
@@ -52,6 +56,16 @@ def check_segmentation(segmentation: Any, size: tuple[int, int] | None) -> None:
         raise BadAnnotation("the mask's RLE counts are not numbers of pixels")
     if sum(runs) != have[0] * have[1]:
         raise BadAnnotation(f"the mask's RLE counts are of {sum(runs)} pixels, not {have[0]} x {have[1]}")
+    if not any(runs[1::2]):
+        raise BadAnnotation("the mask has no pixels: its RLE is background alone")
+
+
+def _encloses(polygon: Sequence[float], height: int, width: int) -> bool:
+    """Whether the rectangle around a polygon x, y, x, y, ... has a part inside the image."""
+    return all(
+        max(min(values), 0) < min(max(values), length)
+        for values, length in ((polygon[::2], width), (polygon[1::2], height))
+    )
 
 
 def decode_counts(text: str) -> list[int]:

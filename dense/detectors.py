@@ -79,12 +79,20 @@ class FloatRPNHead(RPNHead):
 
 
 class RPN(RegionProposalNetwork):
-    """torchvision's, with the anchors of mmdetection and the beta of the box loss as a setting; 0 is L1."""
+    """torchvision's, with the anchors of mmdetection.
+
+    Args:
+        channels: of the feature maps.
+        proposals: boxes of an image that the second stage sees in training, and 1,000 of them at most in testing; of
+            each level twice as many, up to 2,000 and 1,000, go into non-maximum suppression.
+        beta: of the box loss; 0 is L1.
+    """
 
     def __init__(self, channels: int, proposals: int, beta: float) -> None:
         anchors = Anchors((*STRIDES, 64), scales=(8,))
         head = FloatRPNHead(channels, anchors.per_cell)
-        before, after = {"training": 2000, "testing": 1000}, {"training": proposals, "testing": 1000}
+        before = {"training": min(2 * proposals, 2000), "testing": min(2 * proposals, 1000)}
+        after = {"training": proposals, "testing": min(proposals, 1000)}
         super().__init__(anchors, head, 0.7, 0.3, 256, 0.5, before, after, 0.7)
         self.beta = beta
 
@@ -177,19 +185,31 @@ def retinanet(body: Body, num_classes: int, channels: int = 256) -> RetinaNet:
 
 
 def mask_rcnn(
-    body: Body, num_classes: int, channels: int = 256, width: int = 1024, sampled: int = 512, masks: bool = True
+    body: Body,
+    num_classes: int,
+    channels: int = 256,
+    width: int = 1024,
+    sampled: int = 512,
+    masks: bool = True,
+    proposals: int = 1000,
 ) -> TwoStage:
     """Mask R-CNN (He et al. 2017) as mmdetection configures it: two linear layers, L1 losses."""
     heads = RoIHeads(num_classes, channels, STRIDES, (Stage(),), linear_head, "l1", masks, width, sampled)
-    return TwoStage(body, num_classes, channels, RPN(channels, proposals=1000, beta=0.0), heads)
+    return TwoStage(body, num_classes, channels, RPN(channels, proposals, beta=0.0), heads)
 
 
 def cascade_mask_rcnn(
-    body: Body, num_classes: int, channels: int = 256, width: int = 1024, sampled: int = 512, masks: bool = True
+    body: Body,
+    num_classes: int,
+    channels: int = 256,
+    width: int = 1024,
+    sampled: int = 512,
+    masks: bool = True,
+    proposals: int = 2000,
 ) -> TwoStage:
     """Cascade Mask R-CNN (Cai & Vasconcelos 2018) as in Swin's detection code: 4conv1fc heads, GIoU loss."""
     heads = RoIHeads(num_classes, channels, STRIDES, CASCADE, convolutional_head, "giou", masks, width, sampled)
-    return TwoStage(body, num_classes, channels, RPN(channels, proposals=2000, beta=1 / 9), heads)
+    return TwoStage(body, num_classes, channels, RPN(channels, proposals, beta=1 / 9), heads)
 
 
 RETINANET_STRIDES: Sequence[int] = (8, 16, 32)

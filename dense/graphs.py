@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torchvision.ops import nms
 
 from .detectors import RetinaNet, TwoStage
-from .upernet import UperNet, resize
+from .upernet import UperNet, spread
 
 CANDIDATES = 1000  # pairs of box and class that final suppression looks at, best first; more are rare above 0.05
 
@@ -22,7 +22,7 @@ class SegmenterGraph(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return resize(self.model(images), images.shape[-2:])
+        return spread(self.model(images), self.model.body.strides[0], images.shape[-2:])
 
 
 class DetectorGraph(nn.Module):

@@ -97,8 +97,8 @@ class UperNet(OnBody):
             return logits
         auxiliary = self.auxiliary_classifier(self.auxiliary_head(maps[self.auxiliary]))
         return {
-            "seg": _loss(logits, targets),
-            "aux": AUXILIARY_WEIGHT * _loss(auxiliary, targets),
+            "seg": _loss(logits, targets, self.body.strides[0]),
+            "aux": AUXILIARY_WEIGHT * _loss(auxiliary, targets, self.body.strides[self.auxiliary]),
         }
 
 
@@ -154,15 +154,15 @@ def class_probabilities(
             for mirrored in (False, True)[: 1 + flip]:
                 logits = model(scaled.flip(-1) if mirrored else scaled).float()
                 parts.append((logits, scaled.shape[-2:], mirrored))
-        yield _bands(parts, out)
+        yield _bands(parts, out, model.body.strides[0])
 
 
-def _bands(parts: list[tuple[Tensor, Sequence[int], bool]], out: tuple[int, int]) -> Iterator[Tensor]:
+def _bands(parts: list[tuple[Tensor, Sequence[int], bool]], out: tuple[int, int], stride: int) -> Iterator[Tensor]:
     rows = max(1, MOST // (parts[0][0].shape[1] * out[1]))
     for first in range(0, out[0], rows):
         total = torch.zeros((), device=parts[0][0].device)
         for logits, size, mirrored in parts:
-            band = _resized_rows(resize(logits, size), out, first, min(first + rows, out[0]))
+            band = _resized_rows(spread(logits, stride, size), out, first, min(first + rows, out[0]))
             total = total + (band.flip(-1) if mirrored else band).softmax(1)[0]
         yield total / len(parts)
 
@@ -178,8 +178,8 @@ def _resized_rows(x: Tensor, size: tuple[int, int], first: int, stop: int) -> Te
     return resize(rows, (stop - first, size[1]))
 
 
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    logits = resize(logits.float(), targets.shape[-2:])
+def _loss(logits: Tensor, targets: Tensor, stride: int) -> Tensor:
+    logits = spread(logits.float(), stride, targets.shape[-2:])
     return F.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum") / targets.numel()
 
 
@@ -192,6 +192,12 @@ def _classifier(width: int, num_classes: int, dropout: float) -> nn.Module:
     nn.init.normal_(layer.weight, std=0.01)
     nn.init.zeros_(layer.bias)
     return nn.Sequential(nn.Dropout2d(dropout), layer)
+
+
+def spread(x: Tensor, stride: int, size: Sequence[int]) -> Tensor:
+    """A map (N, C, h, w) at a stride -> (N, C, height, width) of the image. Bodies pad images to whole cells, at the
+    right and below, and the cells that lie beyond the image are cut off, not squeezed into it."""
+    return resize(x, [cells * stride for cells in x.shape[-2:]])[..., : size[0], : size[1]]
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:

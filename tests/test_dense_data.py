@@ -271,6 +271,11 @@ def update(**values):
     return lambda content: content["annotations"][0].update(values)
 
 
+def background_alone(content):
+    height, width = content["images"][0]["height"], content["images"][0]["width"]
+    content["annotations"][0]["segmentation"] = {"size": [height, width], "counts": [height * width]}
+
+
 FAULTS = {
     "outside": (update(bbox=[900, 10, 20, 20]), r"the box \[900.0, 10.0, 20.0, 20.0\] lies outside the image, 1\d\d x"),
     "left": (update(bbox=[-30, 10, 20, 20]), "lies outside the image"),
@@ -285,6 +290,9 @@ FAULTS = {
     "mask's size": (update(segmentation={"size": [5, 6], "counts": [30]}), r"the mask is 6 x 5 pixels, but the image"),
     "counts": (update(segmentation=[[1, 2, 3, 4]]), "three points or more"),
     "polygon": (update(segmentation=[[1, 2, 3, 4, 5, float("inf")]]), "coordinates are not pixels"),
+    "polygon outside": (update(segmentation=[[900, 9, 950, 9, 950, 50]]), "enclose nothing of the image, 1"),
+    "line": (update(segmentation=[[9, 9, 20, 9, 30, 9]]), "its polygons enclose nothing of the image"),
+    "background alone": (background_alone, "the mask has no pixels"),
     "none": (update(segmentation=[]), "there is no segmentation"),
     "no annotation": (lambda content: content["annotations"].__setitem__(0, 17), "annotation 17"),
 }

@@ -257,6 +257,25 @@ def test_half_precision_does_not_move_anchors():
     assert not torch.equal(proposals[0], proposals[0].bfloat16().float())
 
 
+@pytest.mark.parametrize(("make", "trained_on"), [(mask_rcnn, 1000), (cascade_mask_rcnn, 2000)])
+def test_the_second_stage_sees_as_many_proposals_as_are_set(make, trained_on):
+    """mmdetection's numbers by default: 2,000 of a level before suppression in training, 1,000 in testing."""
+    torch.manual_seed(0)
+    sizes, images = [(96, 96)], torch.randn(1, 3, 96, 96)
+    for proposals, before, after in ((None, (2000, 1000), (trained_on, 1000)), (24, (48, 48), (24, 24))):
+        options = {} if proposals is None else {"proposals": proposals}
+        model = make(make_body("resnet18"), CLASSES, channels=16, width=16, sampled=16, **options)
+        model.rpn.nms_thresh = 1.0  # so that none is suppressed
+        for mode in (True, False):
+            model.train(mode)
+            assert model.rpn.pre_nms_top_n() == before[not mode]
+            assert model.rpn.post_nms_top_n() == after[not mode]
+            maps = model.pyramid(images)
+            found, _ = model.rpn(ImageList(images, sizes), named(maps), targets_of([(96, 96)] * 2)[:1])
+            anchors = 3 * sum(x.shape[-1] * x.shape[-2] for x in maps)
+            assert len(found[0]) == min(after[not mode], anchors)
+
+
 COSTS = [  # head, body, M parameters, published GFLOPs, whether they count the products inside attention
     ("retinanet", "swin_tiny", 38.46, 245, False),
     ("cascade", "swin_tiny", 85.63, 745, True),
@@ -316,15 +335,17 @@ def test_a_whole_image_is_segmented_alike_in_any_batch_and_by_scales_and_mirror(
     batch = probabilities(model, two, [(48, 80), (64, 96)], [(60, 100)] * 2)[0]
     assert alone.shape == (5, 60, 100)
     torch.testing.assert_close(alone, batch)
-    # By hand: each scale of the image and of its mirror image by itself, then the mean of what they say.
+    # By hand: each scale of the image and of its mirror image by itself, padded to multiples of 32 whose part beyond
+    # the image is cut off again, then the mean of what they say.
     wanted = []
     for scale in (0.5, 1.0, 1.5):
         scaled = F.interpolate(image, scale_factor=scale, mode="bilinear", antialias=scale < 1)
+        height, width = scaled.shape[-2:]
         for mirrored in (False, True):
+            whole = F.pad(scaled.flip(-1) if mirrored else scaled, (0, -width % 32, 0, -height % 32))
             with torch.no_grad():
-                logits = model(scaled.flip(-1) if mirrored else scaled)
-            for size in (scaled.shape[-2:], (60, 100)):
-                logits = F.interpolate(logits, size, mode="bilinear")
+                logits = F.interpolate(model(whole), whole.shape[-2:], mode="bilinear")[..., :height, :width]
+            logits = F.interpolate(logits, (60, 100), mode="bilinear")
             wanted.append((logits.flip(-1) if mirrored else logits).softmax(1)[0])
     both = probabilities(model, image, [(48, 80)], [(60, 100)], scales=(0.5, 1.0, 1.5), flip=True)[0]
     torch.testing.assert_close(both, torch.stack(wanted).mean(0))
@@ -351,3 +372,19 @@ def test_a_large_original_is_segmented_in_bands_of_rows(monkeypatch, out):
         torch.testing.assert_close(torch.cat(bands, 1), whole)
         (found,) = segment(*arguments, **options)
     assert (found == labels).float().mean() > 0.99
+
+
+@pytest.mark.parametrize(("name", "height", "width"), [("resnet18", 64, 64), ("vit_tiny_patch16_224", 64, 48)])
+def test_an_image_is_taken_as_what_its_body_pads_it_to_and_not_squeezed(name, height, width):
+    torch.manual_seed(0)
+    model = upernet(make_body(name), 5, 16, 8).eval()
+    images, labels = torch.randn(1, 3, 50, 40), torch.randint(5, (1, 50, 40))
+    border = (0, width - 40, 0, height - 50)
+    with torch.no_grad():
+        found = model(images, None, labels)
+        whole = model(F.pad(images, border), None, F.pad(labels, border, value=255))
+        logits = model(images)
+    for key in ("seg", "aux"):
+        assert float(found[key]) * 50 * 40 == pytest.approx(float(whole[key]) * height * width, rel=1e-5)
+    squeezed = F.interpolate(logits, (50, 40), mode="bilinear")
+    assert float(F.cross_entropy(squeezed, labels)) != pytest.approx(float(found["seg"]), rel=1e-4)  # negative control

@@ -301,7 +301,7 @@ def test_a_segmenter_learns_eight_scenes(main_program, tmp_path):
 @pytest.mark.extended
 def test_a_segmenter_learns_what_it_is_taught(main_program, tmp_path):
     assert learn(main_program, tmp_path / "a", "segmentation", epochs="600 steps")["test_mIoU"] > 95
-    assert learn(main_program, tmp_path / "b", "segmentation", shuffled=True)["test_mIoU"] < 50
+    assert learn(main_program, tmp_path / "b", "segmentation", shuffled=True, epochs="600 steps")["test_mIoU"] < 30
 
 
 @pytest.mark.extended
