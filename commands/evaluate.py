@@ -41,7 +41,7 @@ def evaluate_weights(config: Config, topology: Topology) -> int:
     checkpoints.verify_own(source_of_weights)
     content = read_weights(source_of_weights)
     trained = content["config"].get("task", config.task) if "format_version" in content else config.task
-    if trained != config.task:
+    if trained not in (config.task, "mae"):  # which has no head, as will be said
         raise UsageError(
             f"--eval: {source_of_weights} is of --task {trained}, not {config.task}: give its own recipe, or --task "
             f"{trained} and its data"

@@ -77,7 +77,8 @@ class Run:
         for key in ("class_map", "labels"):  # files, wherever they lie
             settings[key] = settings[key] and Path(settings[key]).name
         first = self.plan["stages"][0]
-        images = round(first["images"] / first["passes"]) if first["passes"] > 0 else None  # of the training set
+        passes = first.get("passes", 0)
+        images = round(first["images"] / passes) if passes > 0 else None  # of the training set
         return json.dumps([settings, self.changes, images])
 
     @property
