@@ -220,7 +220,8 @@ def gather(value: Any) -> list[Any]:
     if not dist.is_initialized():
         return [value]
     values = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    with torch.inference_mode(False):  # torch 2.4 gathers into tensors of its own, which this would forbid to change
+        dist.all_gather_object(values, value)
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import pickle
 import re
 from collections.abc import Iterator
@@ -46,7 +47,7 @@ def _named(full_name: str) -> type:
 # Beyond tensors and plain Python values a file may hold these, and nothing else.
 _ALLOWED = [
     argparse.Namespace,
-    set,  # no plain Python value to torch 2.4
+    *(set, codecs.encode),  # plain Python values, and how they hold bytes: not to torch 2.4
     _named("numpy.dtype"),
     _named("numpy.core.multiarray.scalar"),
     _named("numpy._core.multiarray.scalar"),

@@ -20,6 +20,9 @@ STOP_NOTE = "stopped.json"
 ECHO = 1.0  # seconds
 WEEK = timedelta(days=7)
 LAST_WAY_OUT = 120.0  # seconds to save in when the launcher has died
+# Kept to the end: the thread of gloo that drops the last reference to a tensor waits for the interpreter, and taking
+# the group down in torch 2.4 waits for the thread, the interpreter held.
+_LAST_VOTES: list[tuple[dist.Work, torch.Tensor]] = []
 
 
 class Agreement:
@@ -93,6 +96,7 @@ class Agreement:
         if self._pending is not None:
             with suppress(RuntimeError):  # of a process that died
                 self._pending[0].wait()
+            _LAST_VOTES.append(self._pending)
             self._pending = None
 
 
