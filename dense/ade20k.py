@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dense.masks import LabelMaps
+from dense.reading import read_text
 
 CLASSES = 150
 NAMES_FILE = "objectInfo150.txt"
@@ -19,7 +20,7 @@ def open_ade20k(root: str | Path, split: str, classes: Sequence[str] | None = No
     """One split. Classes get the names of ``root``/objectInfo150.txt, or numbers if it is not there.
 
     Raises:
-        ValueError: no such folders.
+        ValueError: no such folders, or a list of names that cannot be read.
     """
     root = Path(root)
     names = list(classes) if classes is not None else _names(root / NAMES_FILE)
@@ -30,7 +31,7 @@ def _names(path: Path) -> list[str]:
     """The first name of each class; the table's lines are: number, ratio, images, images, names."""
     if not path.is_file():
         return [str(number) for number in range(1, CLASSES + 1)]
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [line.split("\t") for line in read_text(path).splitlines()]
     names = {row[0].strip(): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
     if list(names) != [str(number) for number in range(1, len(names) + 1)]:
         raise ValueError(f"{path} must list the classes in order, a number first and the names last, separated by tabs")

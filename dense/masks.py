@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dense.reading import missing_files, read_bytes, read_image, to_tensor
+from dense.reading import missing_files, read_bytes, read_image, read_text, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -94,10 +94,9 @@ def open_masks(root: str | Path, split: str, classes: Sequence[str] | None = Non
 def read_classes(path: Path) -> list[str]:
     """Names from a file, one a line. Raises ValueError if it is not there, or names a class twice."""
     try:
-        names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{path} must list the classes, one a line, in the order of their numbers: {reason}") from None
+        names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    except ValueError as error:
+        raise ValueError(f"the classes must be listed one a line, in the order of their numbers: {error}") from None
     if len(set(names)) < len(names):
         raise ValueError(f"{path} lists a class twice")
     return names

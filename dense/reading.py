@@ -46,6 +46,14 @@ def read_bytes(path: str | Path) -> bytes:
     return Path(path).read_bytes()
 
 
+def read_text(path: str | Path) -> str:
+    """What a text file holds, with or without the mark that Windows puts before UTF-8. Raises ValueError."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
 def upright_size(path: str | Path) -> tuple[int, int]:
     """(height, width) of the image as programs show it, from its header; (0, 0) if that cannot be read."""
     if not os.path.isfile(path):

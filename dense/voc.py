@@ -15,6 +15,7 @@ from xml.etree import ElementTree
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from dense.coco import CocoScenes
+from dense.reading import read_text
 
 
 def open_voc(
@@ -102,7 +103,7 @@ def _list(root: Path, split: str) -> list[tuple[Path, Path]]:
     base, name = (root / split).parent, Path(split).name
     listed = base / "ImageSets" / "Main" / f"{name}.txt"
     if listed.is_file():
-        names = [line.split()[0] for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.split()[0] for line in read_text(listed).splitlines() if line.strip()]
         return [(base / "Annotations" / f"{stem}.xml", base / "JPEGImages" / f"{stem}.jpg") for stem in names]
     folder = root / split
     if not folder.is_dir():
