@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from config.files import read_text
 from dense.masks import LabelMaps, check_order
+from dense.reading import read_text
 
 CLASSES = 150
 NAMES_FILE = "objectInfo150.txt"
@@ -20,7 +20,7 @@ def open_ade20k(root: str | Path, split: str, classes: Sequence[str] | None = No
     """One split. Classes get the names of ``root``/objectInfo150.txt, or numbers if it is not there.
 
     Raises:
-        ValueError: no such folders.
+        ValueError: no such folders, or a list of names that cannot be read.
     """
     root = Path(root)
     names = _names(root / NAMES_FILE)

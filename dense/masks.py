@@ -15,8 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from config.files import read_text
-from dense.reading import check_image, is_image, missing_files, read_bytes, read_image, to_tensor
+from dense.reading import check_image, is_image, missing_files, read_bytes, read_image, read_text, to_tensor
 from dense.transforms import IGNORED
 from inputs.decode import BadImage
 
@@ -117,9 +116,8 @@ def read_classes(path: Path) -> list[str]:
     """Names from a file, one a line. Raises ValueError if it is not there, or names a class twice."""
     try:
         names = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    except OSError as error:
-        reason = error.strerror
-        raise ValueError(f"{path} must list the classes, one a line, in the order of their numbers: {reason}") from None
+    except ValueError as error:
+        raise ValueError(f"the classes must be listed one a line, in the order of their numbers: {error}") from None
     if len(set(names)) < len(names):
         raise ValueError(f"{path} lists a class twice")
     return names

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from config import files
 from inputs.decode import BadImage, decode, decode_reduced, jpeg_size
 from inputs.formats import ENDINGS, readable, sniff
 
@@ -62,6 +63,14 @@ def read_bytes(path: str | Path) -> bytes:
     if os.path.exists(path) and not os.path.isfile(path):
         raise BadImage("this is no ordinary file")
     return Path(path).read_bytes()
+
+
+def read_text(path: Path) -> str:
+    """What a list or a table holds. Raises ValueError if it is not there, or no regular UTF-8 file."""
+    try:
+        return files.read_text(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def is_image(path: Path) -> bool:

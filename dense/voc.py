@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
-from config.files import read_bytes, read_text
+from config.files import read_bytes
 from dense.coco import CocoScenes
-from dense.reading import is_image
+from dense.reading import is_image, read_text
 
 
 def open_voc(

@@ -441,8 +441,31 @@ def test_images_without_labels_and_labels_without_image(made, tmp_path):
     record = (tmp_path / "out/bad_files.txt").read_text()
     assert "001.jpg: the labels" in record and "002.jpg: No such file" in record
     (tmp_path / "classes.txt").unlink()
-    with pytest.raises(ValueError, match=r"classes.txt must list the classes"):
+    with pytest.raises(ValueError, match=r"must be listed one a line.*classes.txt cannot be read: No such"):
         open_scenes("segmentation", "masks", tmp_path, "train", train=True)
+
+
+def test_lists_may_begin_with_a_byte_order_mark_and_are_named_if_they_are_no_utf_8(made, tmp_path):
+    def opened(data_set, root, split):
+        task = "detection" if data_set == "voc" else "segmentation"
+        return open_scenes(task, data_set, root, split, train=True)
+
+    dense_data.write_masks(tmp_path / "masks", made[:2])
+    dense_data.write_ade20k(tmp_path / "ade20k", made[:2])
+    dense_data.write_voc(tmp_path / "voc", made[:2])
+    for data_set, name, split in (
+        ("masks", "classes.txt", "train"),
+        ("ade20k", "objectInfo150.txt", "training"),
+        ("voc", "ImageSets/Main/trainval.txt", "trainval"),
+    ):
+        root, path = tmp_path / data_set, tmp_path / data_set / name
+        text, before = path.read_bytes(), opened(data_set, root, split)
+        path.write_bytes(b"\xef\xbb\xbf" + text)
+        after = opened(data_set, root, split)
+        assert after.classes == before.classes and len(after) == 2 and after.missing() == []
+        path.write_bytes(text + b"\xff\xfe\n")
+        with pytest.raises(ValueError, match=rf"{name} cannot be read: not a text file"):
+            opened(data_set, root, split)
 
 
 def test_voc_faults(made, tmp_path):

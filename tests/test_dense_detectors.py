@@ -378,8 +378,8 @@ def test_a_large_original_is_segmented_in_bands_of_rows(monkeypatch, out):
 def test_an_image_is_taken_as_what_its_body_pads_it_to_and_not_squeezed(name, height, width):
     torch.manual_seed(0)
     model = upernet(make_body(name), 5, 16, 8).eval()
-    for classifier in (model.classifier, model.auxiliary_classifier):
-        classifier[-1].weight.data *= 100  # so that places differ
+    for layer in (model.classifier[1], model.auxiliary_classifier[1]):
+        torch.nn.init.normal_(layer.weight)
     images, labels = torch.randn(1, 3, 50, 40), torch.randint(5, (1, 50, 40))
     border = (0, width - 40, 0, height - 50)
     with torch.no_grad():
@@ -389,4 +389,4 @@ def test_an_image_is_taken_as_what_its_body_pads_it_to_and_not_squeezed(name, he
     for key in ("seg", "aux"):
         assert float(found[key]) * 50 * 40 == pytest.approx(float(whole[key]) * height * width, rel=1e-5)
     squeezed = F.interpolate(logits, (50, 40), mode="bilinear")
-    assert float(F.cross_entropy(squeezed, labels)) != pytest.approx(float(found["seg"]), rel=1e-4)  # negative control
+    assert float(F.cross_entropy(squeezed, labels)) != pytest.approx(float(found["seg"]), rel=1e-3)  # negative control

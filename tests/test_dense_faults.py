@@ -216,7 +216,7 @@ def test_a_detector_is_exported_by_its_own_command(detector, tmp_path, capsys, f
 def test_lists_that_are_pipes_are_not_waited_for(masks, made, tmp_path):
     (masks / "classes.txt").unlink()
     os.mkfifo(masks / "classes.txt")
-    with pytest.raises(ValueError, match=r"classes.txt must list the classes.*not a regular file"):
+    with pytest.raises(ValueError, match=r"the classes must be listed.*classes.txt cannot be read: not a regular file"):
         open_scenes("segmentation", "masks", masks, "train", train=True)
     write_voc(tmp_path / "voc", made)
     folder = tmp_path / "voc"
