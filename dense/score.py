@@ -88,9 +88,15 @@ class SegmentationScorer:
 
         Raises:
             RuntimeError: an image of the data set was skipped or scored twice.
+            ValueError: no pixel has a class.
         """
         check_each_once(self.seen, [self.source.image_id(i) for i in range(len(self.source))])
         matrix = all_sum(self.matrix.clone()).cpu().double()
+        if not matrix.any():
+            raise ValueError(
+                f"no pixel of the {len(self.source)} label maps has a class, so there is nothing to score: all are "
+                f"ignored (the first map: {self.source.label_paths[0]})"
+            )
         hit, labelled, predicted = matrix.diag(), matrix.sum(1), matrix.sum(0)
         iou, accuracy = 100 * hit / (labelled + predicted - hit), 100 * hit / labelled
         values = [[None if value != value else value for value in column.tolist()] for column in (iou, accuracy)]

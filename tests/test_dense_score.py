@@ -261,6 +261,13 @@ def test_a_class_that_neither_occurs_nor_is_predicted_does_not_count(root):
     assert scores["per_class"]["triangle"] == {"IoU": None, "Acc": None} and scores["mIoU"] == 100
 
 
+def test_label_maps_without_a_class_are_no_score(root):
+    scorer = label_scores(root, lambda label: label)
+    scorer.matrix.zero_()
+    with pytest.raises(ValueError, match=r"no pixel of the 24 label maps has a class.*masks/train/000.png"):
+        scorer.scores()
+
+
 @pytest.mark.parametrize("fault", ["twice", "left out"])
 def test_an_image_scored_twice_or_not_at_all_is_an_error(fault, root):
     source = open_source(root)
