@@ -168,9 +168,6 @@ _COMPUTED = {
     "dense-experimental": _dense,
 }
 PRESETS = ("none", *_COMPUTED, *_FIXED)
-# Presets whose sizes are rounded to half of a model's multiple, where the model takes the sizes that result: 16 is the
-# papers' rounding at 224; at 64 nothing would be left of a first stage of 24 pixels.
-FINE = ("efficienttrain++-fast",)
 
 
 def resolve(curriculum: str | dict | Curriculum, base_size: int, size_multiple: int) -> Curriculum:

@@ -17,12 +17,11 @@ import pytest
 import yaml
 
 from commands.plan import baseline
-from config import Config, UsageError, load_curriculum, load_recipe
+from config import Config, load_curriculum, load_recipe
 from config.command_line import parse_config
 from curriculum import build_plan, summarize
 from models import create_mae, create_model
 from models.flops import count_flops
-from training.build import make_plan
 
 ROOT = Path(__file__).parents[1] / "recipes"
 PAPERS = json.loads((ROOT / "papers.json").read_text())
@@ -320,27 +319,3 @@ def test_fragments_hold_known_settings_only():
     for path in ROOT.glob("*/_*.yaml"):
         unknown = set(yaml.safe_load(path.read_text())) - set(Config.__dataclass_fields__) - {"extends"}
         assert not unknown, f"{path.name}: {unknown}"
-
-
-@pytest.mark.parametrize(
-    "model, preset, base, expected",
-    [
-        ("resnet18", "efficienttrain++-fast", 64, [24, 32, 64]),
-        ("resnet18", "efficienttrain++", 64, [32, 48, 64]),  # negative control: the papers' rounding
-        ("convnext_atto", "efficienttrain++-fast", 64, [32, 64]),  # its last stage would have no pixel of 24
-        ("vgg11", "efficienttrain++-fast", 64, [32, 64]),
-        ("vit_tiny_patch16_224", "efficienttrain++-fast", 64, [32, 64]),
-        ("vit_tiny_patch16_224", "efficienttrain++-fast", 224, [80, 112, 224]),
-        ("swin_tiny", "efficienttrain++-fast", 224, [96, 128, 224]),
-    ],
-)
-def test_the_fast_preset_takes_finer_sizes_where_the_model_does(model, preset, base, expected):
-    changes = {"model": model, "model_args": None, "input_size": base, "curriculum": preset}
-    plan = make_plan(Config(**{**load_recipe(ROOT / "demo.yaml"), **changes}), num_images=10_000, classes=10)
-    assert [stage.input_size for stage in plan.stages] == expected
-
-
-def test_wrong_settings_of_the_fast_preset_are_named():
-    changes = {"curriculum": "efficienttrain++-fast", "warmup_epochs": "100%"}
-    with pytest.raises(UsageError, match="warmup"):
-        make_plan(Config(**{**load_recipe(ROOT / "demo.yaml"), **changes}), num_images=10_000, classes=10)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from config import Config, UsageError, as_usage, load_curriculum
 from config.checks import DENSE_TASKS
 from curriculum import CurriculumSampler, Plan, RandAugment, build_plan, check_input_sizes
 from curriculum.device_augment import DeviceAugment
-from curriculum.presets import FINE
 from curriculum.skeleton import Skeleton
 from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
 from dense.build import make_dense
@@ -45,35 +44,30 @@ def make_plan(config: Config, num_images: int, classes: int) -> Plan:
     with as_usage():
         with torch.device("meta"), Skeleton() if config.task in DENSE_TASKS else nullcontext():
             probe = make_model(config, classes, config.input_size)
-        if config.curriculum in FINE:
-            with suppress(ValueError):  # most models without patches or windows take such sizes
-                return _plan_for(probe, config, num_images, probe.size_multiple // 2)
-        return _plan_for(probe, config, num_images, probe.size_multiple)
-
-
-def _plan_for(probe: nn.Module, config: Config, num_images: int, size_multiple: int) -> Plan:
-    plan = build_plan(
-        load_curriculum(config.curriculum),
-        epochs=config.epochs,
-        num_images=num_images,
-        batch_size=config.batch_size,
-        base_size=base_size(config),
-        size_multiple=size_multiple,
-        lr=config.lr,
-        min_lr=config.min_lr,
-        warmup=config.warmup_epochs,
-        weight_decay=config.weight_decay,
-        weight_decay_end=config.weight_decay_end,
-        magnitude=config.magnitude,
-        max_magnitude=config.max_magnitude,
-        operator=config.operator,
-        early_large_batch=config.early_large_batch,
-        lr_rule=config.lr_rule,
-        schedule=config.schedule,
-        lr_steps=config.lr_steps or (),
-        replay=config.replay or (),
-    )
-    check_input_sizes(probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size}))
+        plan = build_plan(
+            load_curriculum(config.curriculum),
+            epochs=config.epochs,
+            num_images=num_images,
+            batch_size=config.batch_size,
+            base_size=base_size(config),
+            size_multiple=probe.size_multiple,
+            lr=config.lr,
+            min_lr=config.min_lr,
+            warmup=config.warmup_epochs,
+            weight_decay=config.weight_decay,
+            weight_decay_end=config.weight_decay_end,
+            magnitude=config.magnitude,
+            max_magnitude=config.max_magnitude,
+            operator=config.operator,
+            early_large_batch=config.early_large_batch,
+            lr_rule=config.lr_rule,
+            schedule=config.schedule,
+            lr_steps=config.lr_steps or (),
+            replay=config.replay or (),
+        )
+        check_input_sizes(
+            probe, sorted({stage.input_size for stage in plan.stages} | {config.eval_size or plan.base_size})
+        )
     return plan
 
 
