@@ -24,14 +24,12 @@ from dense.masks import open_masks
 from dense.voc import open_voc
 from inputs.bad_files import BadFiles, budget, load
 from inputs.decode import BadImage
-from inputs.index_file import Progress
-from inputs.shards import in_threads
+from inputs.readable import look_at_all
 from utils import from_main
 
 FAULTS_NAME = "bad_annotations.txt"
 DETECTION_SETS = ("coco", "voc")
 SEGMENTATION_SETS = ("ade20k", "masks")
-CHUNK = 64  # validation scenes that are looked at in one go
 SHOWN = 20  # of those that cannot be used, in a message
 
 
@@ -147,29 +145,19 @@ def report_faults(faults: list[str], annotations: int, max_bad: float, folder: s
 
 def _check_missing(source, train: bool, max_bad: float) -> None:
     missing = source.missing()
-    allowed_ones = budget(max_bad, len(source)) if train else 0
-    if len(missing) > allowed_ones:
+    allowed = budget(max_bad, len(source)) if train else 0
+    if len(missing) > allowed:
         kind = "training" if train else "validation"
-        allowed = f"--max_bad {max_bad:g} allows {allowed_ones}" if train else "scores need every one"
+        limit = f"--max_bad {max_bad:g} allows {allowed}" if train else "scores need every one"
         raise ValueError(
-            f"{len(missing)} of {len(source)} {kind} images are missing, {allowed} (the first: {missing[0]}): add the "
+            f"{len(missing)} of {len(source)} {kind} images are missing, {limit} (the first: {missing[0]}): add the "
             "files, or remove the images from the annotations"
         )
 
 
 def _check_readable(source, root: str | Path) -> None:
     """Raises ValueError where validation scenes cannot be used, with all of them; the main process looks for all."""
-    faults: list[str] = []
-    if _is_main():
-        chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-        report = Progress(str(root), len(chunks), "parts", doing="checking the validation images of")
-        look = partial(_faults, source)
-        for chunk, found in zip(
-            chunks, in_threads(lambda k: look(chunks[k]), len(chunks), min(16, os.cpu_count() or 1))
-        ):
-            faults += found
-            report.add(len(chunk))
-        report.close()
+    faults = list(look_at_all(len(source), str(root), partial(_faults, source))) if _is_main() else []
     if faults := from_main(faults):
         shown = "; ".join(faults[:SHOWN]) + "; ..." * (len(faults) > SHOWN)
         raise ValueError(

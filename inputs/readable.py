@@ -3,8 +3,10 @@
 import hashlib
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,8 @@ from inputs.index_file import INDEX_NAME, IndexWriter, Progress, open_or_build
 from inputs.shards import in_threads
 from inputs.transforms import to_pixels
 from inputs.views import Joined, Source, View, fingerprint
+
+Found = TypeVar("Found")
 
 THREADS = 16
 CHUNK = 64  # images of one task
@@ -41,7 +45,9 @@ def drop_unreadable(source: Source, max_bad: float) -> Source:
         base.root,
         f"{INDEX_NAME}_checked",
         base.cache_dir,
-        build=lambda file: IndexWriter(file).finish([array("q", _scan(source, base.root))], known),
+        build=lambda file: IndexWriter(file).finish(
+            [array("q", look_at_all(len(source), base.root, partial(_unusable, source)))], known
+        ),
         is_current=lambda index: index.meta == known,
     )
     messages = {number: message for number in index.arrays[0].tolist() if (message := _fault(source, number))}
@@ -92,19 +98,19 @@ def _stats(source: Source, first: int) -> str:
     return "".join(lines)
 
 
-def _scan(source: Source, root: str) -> Iterator[int]:
-    """Numbers of the images that cannot be used, with a progress line."""
-    chunks = [range(first, min(first + CHUNK, len(source))) for first in range(0, len(source), CHUNK)]
-
-    def look(k: int) -> list[int]:
-        return [i for i in chunks[k] if _fault(source, i)]
-
+def look_at_all(count: int, root: str, look: Callable[[range], list[Found]]) -> Iterator[Found]:
+    """What ``look`` finds among ``count`` validation images, a few at a time in threads, with a progress line."""
+    chunks = [range(first, min(first + CHUNK, count)) for first in range(0, count, CHUNK)]
     report = Progress(root, len(chunks), "parts", doing="checking the validation images of")
     threads = THREADS if is_url(root) else min(THREADS, 2 * (os.cpu_count() or 1))  # a connection makes them wait
-    for chunk, bad in zip(chunks, in_threads(look, len(chunks), threads)):
+    for chunk, found in zip(chunks, in_threads(lambda k: look(chunks[k]), len(chunks), threads)):
         report.add(len(chunk))
-        yield from bad
+        yield from found
     report.close()
+
+
+def _unusable(source: Source, places: range) -> list[int]:
+    return [place for place in places if _fault(source, place)]
 
 
 def _fault(source: Source, number: int) -> str | None:
