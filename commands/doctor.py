@@ -9,6 +9,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,24 +22,29 @@ from commands import autobatch
 from commands.autobatch import Blank
 from config import Config
 from config.checks import DENSE_TASKS
-from curriculum import CurriculumSampler, Plan
+from curriculum import CurriculumSampler, Plan, Stage
 from datasets import Source
+from engine import train_epoch
 from inputs.remote import RemoteShards
 from inputs.shards import remote_parts
 from inputs.transfer import to_device
 from training.build import (
     evaluated_passes,
+    make_batches,
     make_model,
     make_plan,
     make_sampler,
     make_train_set,
+    make_training,
     number_of_classes,
     open_sources,
+    place,
 )
 from training.scenes import blank_scenes
 from utils import Topology, duration_text, write_text
 
 SECONDS = 1.5  # spent on each measurement of the host; a training step gets as much after a first one
+UNSTEADY = 3  # first steps of a loop, which wait for the loader to begin
 IMAGES = 64  # different images that are read again and again: what lies in the page cache, as in later epochs
 VARIANTS = {"--pipeline fast": {"pipeline": "fast"}, "--augment_on device": {"augment_on": "device"}}
 
@@ -90,6 +96,8 @@ def examine(
             "step": share / (forward / images * share + update),
             "copy": copy_speed(config, plan, size, images, device),
         }
+        if device.type == "cpu" and config.num_workers > 0:
+            row["whole"] = loop_speed(config, plan, sampler, source, build(size), stage, topology)
         variants = {} if config.task in DENSE_TASKS else VARIANTS
         for name, change in {"as set": {}, **variants}.items():
             row[name] = loader_speed(replace(config, **change), plan, source, size)
@@ -114,13 +122,16 @@ def examine(
 def predict(
     rows: list[dict[str, Any]], sampler: CurriculumSampler, config: Config, scored: int, topology: Topology, cores: int
 ) -> float:
-    """Seconds of the whole run: of each stage what takes longest, and the evaluations."""
+    """Seconds of the whole run: of each stage what takes longest, or as it was measured, and the evaluations."""
     by_size = {row["input_size"]: row for row in rows}
     plan, on_cpu = sampler.plan, topology.device.type == "cpu"
     total = 0.0
     for stage in plan.stages:
         row = by_size[stage.input_size]
         images = stage.steps * max(sampler.shares(stage)) * sampler.micro_batch
+        if row.get("whole"):
+            total += images / row["whole"]
+            continue
         total += busiest(images / row["step"], images / stage.replay / row["as set"], config.num_workers, cores, on_cpu)
     for index in evaluated_passes(plan, config.eval_interval):
         size = plan.base_size if plan.records[index].stage == len(plan.stages) - 1 else plan.records[index].input_size
@@ -197,6 +208,44 @@ def step_seconds(
     return forward, 1 / repeat(lambda: (blank.forward_and_backward(), blank.update()), device) - forward
 
 
+def loop_speed(
+    config: Config,
+    plan: Plan,
+    sampler: CurriculumSampler,
+    source: Source,
+    model: nn.Module,
+    stage: Stage,
+    topology: Topology,
+) -> float | None:
+    """Images per second that this process trains on at a stage's beginning while its loader works beside it.
+
+    Where both compute on the same cores, a layer that is shared by several threads waits for the slowest of them, which
+    no sum of both tells. None: the stage has too few steps.
+    """
+    sampler = copy(sampler)
+    sampler.start_step = stage.first_step
+    model = place(model, topology.device, config.channels_last)
+    training = make_training(config, plan, sampler, model, model.num_classes)
+    training.step = stage.first_step
+    batches = make_batches(config, plan, sampler, source, topology.device)
+    ends: list[float] = []
+
+    def after_step(lr: float, images: int) -> bool:
+        ends.append(time.perf_counter())
+        return len(ends) > 2 * UNSTEADY and ends[-1] - ends[UNSTEADY - 1] > 2 * SECONDS
+
+    try:
+        for record in (record for record in plan if plan.stages[record.stage] is stage):
+            if train_epoch(training, record, batches, after_step):
+                break
+    finally:
+        batches.close()
+    if len(ends) <= UNSTEADY:
+        return None
+    steps, seconds = len(ends) - UNSTEADY, ends[-1] - ends[UNSTEADY - 1]
+    return steps * max(sampler.shares(stage)) * sampler.micro_batch / seconds
+
+
 def copy_speed(config: Config, plan: Plan, size: int, images: int, device: torch.device) -> float:
     """Images per second from main memory to the device; infinite on the CPU, where nothing is copied."""
     if device.type == "cpu":
@@ -262,14 +311,22 @@ def describe_cache(shards: RemoteShards, speed: float) -> str:
 
 
 def repeat(action: Callable[[], Any], device: torch.device) -> float:
-    """Times per second that ``action`` can be done, over SECONDS (at least once)."""
-    count, started = 0, time.perf_counter()
-    while count == 0 or time.perf_counter() - started < SECONDS:
-        action()
-        count += 1
-        if device.type != "cpu":
-            getattr(torch, device.type).synchronize()
-    return count / (time.perf_counter() - started)
+    """Times per second that ``action`` can be done, over SECONDS (at least once).
+
+    The host waits for an accelerator at the end alone, as in a run: else its time to issue the work would count, too.
+    """
+    finish = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
+    finish()
+    count, done, started = 1, 0, time.perf_counter()
+    while True:
+        for _ in range(count - done):
+            action()
+        finish()
+        seconds = time.perf_counter() - started
+        done = count
+        if seconds >= SECONDS:
+            return count / seconds
+        count = max(count + 1, min(2 * count, math.ceil(1.1 * count * SECONDS / seconds)))
 
 
 def usable_cores() -> int:

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic true; read when CUDA starts
@@ -25,10 +26,12 @@ import gpu_right
 import gpu_speed
 import timm
 
+from utils import init_topology
+
 Row = tuple[str, float | str, str, bool | None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Machine:
     """Where the checks run, and at what size."""
 
@@ -47,12 +50,15 @@ CHECKS: tuple[tuple[Callable[[Machine], Iterator[Row]], bool], ...] = (
     (gpu_right.resuming, False),
     (gpu_right.cpu_and_gpu_agree, True),
     (gpu_right.end_to_end, False),
+    (gpu_right.tasks, False),
+    (gpu_right.data_parallel, False),
     (gpu_right.compiled, False),
     (gpu_right.memory, True),
     (gpu_speed.loop, False),
     (gpu_speed.host, True),
     (gpu_speed.sizes, False),
     (gpu_speed.whole_run, False),
+    (gpu_speed.fast, False),
     (gpu_speed.augmenting, False),
     (gpu_speed.options, True),
 )
@@ -66,7 +72,15 @@ def main() -> int:
     args = parser.parse_args()
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     args.output.mkdir(parents=True, exist_ok=True)
-    rows = []
+    rows, began = [], time.perf_counter()
+    about = {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": sys.version.split()[0],
+        "date": time.strftime("%Y-%m-%d"),
+        "quick": args.quick,
+    }
     with tempfile.TemporaryDirectory() as folder:
         machine = Machine(device, args.quick, Path(folder))
         for check, needs_gpu in CHECKS:
@@ -79,25 +93,19 @@ def main() -> int:
                 seconds = round(time.perf_counter() - started, 1)
                 rows.append({"check": name, "what": what, "value": value, "bar": bar, "met": met, "seconds": seconds})
                 print(line(rows[-1]), flush=True)
-    about = {
-        "device": torch.cuda.get_device_name() if machine.gpu else "CPU",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "python": sys.version.split()[0],
-        "date": time.strftime("%Y-%m-%d"),
-        "quick": args.quick,
-    }
+                about["seconds"] = round(time.perf_counter() - began)
+                content = json.dumps({"about": about, "rows": rows}, indent=1) + "\n"  # what there is, if it is stopped
+                (args.output / "gpu_check.json").write_text(content, encoding="utf-8")
     failed = [row for row in rows if row["met"] is False]
     print("\n" + table(rows, about))
-    (args.output / "gpu_check.json").write_text(
-        json.dumps({"about": about, "rows": rows}, indent=1) + "\n", encoding="utf-8"
-    )
     print(f"\n{len(failed)} of {len(rows)} bars missed" if failed else "\nno bar was missed")
     return 1 if failed else 0
 
 
 def run(check: Callable[[Machine], Iterator[Row]], machine: Machine) -> Iterator[Row]:
     """The check's rows; an error is a bar that is missed, and the next check follows."""
+    if machine.gpu:
+        init_topology("cuda", deterministic=False, tf32=True, timeout=timedelta(minutes=5))  # as a run sets it
     try:
         yield from check(machine)
     except Exception as error:
@@ -105,7 +113,6 @@ def run(check: Callable[[Machine], Iterator[Row]], machine: Machine) -> Iterator
         yield "stopped", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}", "no error", False
     finally:
         torch.use_deterministic_algorithms(False)
-        torch.set_float32_matmul_precision("highest")
         if machine.gpu:
             torch.cuda.set_sync_debug_mode("default")
             torch.cuda.empty_cache()

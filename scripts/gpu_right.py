@@ -8,9 +8,11 @@ import itertools
 import os
 import runpy
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from speed import CLASSES, Photos, build, synthetic
 
 import engine
@@ -29,6 +31,15 @@ from utils import Topology
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"input_size": 64, "batch_size": 16, "micro_batch": 8, "epochs": 2, "lr": 1e-3, "warmup_epochs": 0}
+MAE = {
+    "task": "mae",
+    "model": "vit_tiny_patch16_224",
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "decoder": [2, 64, 4],
+    "reprob": 0.0,
+    "magnitude": "none",
+}
 
 
 def settings(**changes):
@@ -43,7 +54,7 @@ def synchronisations(machine):
             "ema": {"model_ema": True},
             "skip": {"on_nonfinite": "skip"},
             "fourier": {"curriculum": "efficienttrain"},
-            "mae": {"task": "mae", "model": "vit_tiny_patch16_224", "mixup": 0.0, "cutmix": 0.0, "decoder": (2, 64, 4)},
+            "mae": MAE,
             "device": {"augment_on": "device"},
         }[option]
         config = settings(amp=amp, **changes)
@@ -104,7 +115,7 @@ def launch(machine, name, **changes) -> tuple[int, str]:
         "log_interval": "2 steps", "eval_interval": "100%", "save_interval": "1 steps", "device": machine.device.type,
         **SMALL, **changes,
     }  # fmt: skip
-    argv = [text for key, value in values.items() for text in (f"--{key}", _text(value))]
+    argv = [text for key, value in values.items() if value is not None for text in (f"--{key}", _text(value))]
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
     printed = io.StringIO()
     try:
@@ -130,11 +141,10 @@ def equal(a, b) -> bool:
 
 def resuming(machine):
     """Stopped and resumed against uninterrupted, deterministic: the same bytes."""
-    mae = {"task": "mae", "model": "vit_tiny_patch16_224", "mixup": 0, "cutmix": 0, "decoder": [2, 64, 4]}
     kinds = {"resnet": {}, "device augmentation": {"augment_on": "device"}}
     if not machine.quick:
         swin = {"model": "swin_tiny", "input_size": 224, "batch_size": 8, "micro_batch": 4}
-        kinds.update({"resnet": {"model": "resnet18"}, "swin": swin, "mae": mae})
+        kinds.update({"resnet": {"model": "resnet18"}, "swin": swin, "mae": MAE})
     for kind, changes in kinds.items():
         changes = {"deterministic": True, "model_ema": True, **changes}
         whole, parts = f"whole {kind}", f"parts {kind}"
@@ -221,6 +231,51 @@ def end_to_end(machine):
         yield f"{amp}: resumed, channels_last changed", code if code == 0 else text[-200:], "0", code == 0
 
 
+def tasks(machine):
+    """main.py on every task beside classification, evaluated at its end."""
+    try:
+        from demo_scenes import build as build_scenes
+    except ImportError:
+        yield "needs scikit-image", "-", "", None
+        return
+    scenes = machine.folder / "scenes"
+    build_scenes(scenes, 0, 16, 8)
+    dense = {"data_path": scenes, "epochs": 1, "baseline_epochs": 1, "model": "resnet18", "input_size": None}
+    kinds = {"mae": {**MAE, "data_path": folder_of(machine)}}
+    for name in ("detection", "segmentation"):
+        kinds[name] = {"recipe": ROOT / "recipes" / f"demo_{name}.yaml", **dense}
+    for name, changes in kinds.items():
+        for amp in ("bf16",) if machine.quick else ("none", "bf16"):
+            code, text = launch(machine, f"{name} {amp}", amp=amp, **changes)
+            yield f"{name}, {amp}", code if code == 0 else text[-200:], "0", code == 0
+
+
+def data_parallel(machine):
+    """One process that reduces as one of several would, over NCCL on a GPU: the same weights as alone."""
+    changes = {"model_ema": True, "deterministic": True, "curriculum": "efficienttrain++", "epochs": 4}
+    codes = [launch(machine, "alone", **changes)]
+    wrap, program = session.wrap, main_program().__globals__
+
+    def several(model, topology, compiles):
+        return wrap(model, replace(topology, world_size=2), compiles)
+
+    program["wrap"] = session.wrap = several
+    end_now, program["end_now"] = program["end_now"], lambda code: None  # an error is a row of the table
+    try:
+        for stop in ("5 steps", None):
+            store = dist.HashStore()
+            dist.init_process_group("nccl" if machine.gpu else "gloo", store=store, rank=0, world_size=1)
+            codes.append(launch(machine, "one of several", stop_after=stop, **changes))
+            if dist.is_initialized():  # main.py takes it down when all went well
+                dist.destroy_process_group()
+    finally:
+        program["wrap"] = session.wrap = wrap
+        program["end_now"] = end_now
+    failed = next((text[-200:] for code, text in codes if code), "")
+    same = not failed and equal(weights(machine, "alone"), weights(machine, "one of several"))
+    yield "stopped and resumed against alone", "equal" if same else failed or "differ", "equal", same
+
+
 def compiled(machine):
     """The first loss compiled against eager, and no compilation after a stage's second step."""
     # Without a GPU, the graphs are captured and differentiated but not turned into code of their own.
@@ -263,7 +318,8 @@ def compiled(machine):
 
 def memory(machine):
     """--micro_batch auto: what it finds trains, and fills the memory it may."""
-    config = parse_config(["--model", "resnet50", "--amp", "bf16", "--batch_size", "16384", "--num_images", "1281167"])
+    # A batch of many divisors, so that groups come close to what the memory holds.
+    config = parse_config(["--model", "resnet50", "--amp", "bf16", "--batch_size", "15120", "--num_images", "1281167"])
     plan = make_plan(config, config.num_images, CLASSES)
     model_of = functools.partial(make_model, config, CLASSES)
     topology = Topology(0, 1, machine.device)
@@ -277,7 +333,9 @@ def memory(machine):
             blank.update()
         torch.cuda.synchronize()
         used = torch.cuda.max_memory_allocated() / total
-        yield f"auto: {images} images of {size}, share of the memory", used, "0.72 .. 0.92", 0.72 <= used <= 0.92
+        whole = size == plan.base_size  # smaller images come in whole groups of its size
+        met = 0.72 <= used <= 0.92 if whole else used <= 0.92
+        yield f"auto: {images} images of {size}, share of the memory", used, "0.72 .. 0.92" if whole else "<= 0.92", met
         torch.cuda.empty_cache()  # as at a switch of the input size
         spare = torch.cuda.memory_reserved() / torch.cuda.memory_allocated()
         yield f"reserved over allocated after {size}", spare, "<= 1.25", spare <= 1.25

@@ -1,19 +1,22 @@
 """The speed checks of gpu_check.py. Each yields (what, value, bar, whether it is met); bars are a GPU's."""
 
-import time
+import functools
 from dataclasses import replace
 
 import torch
-from gpu_right import augmented, settings
-from speed import CLASSES, build, clock, compute_of, loop_and_bare, run_plan, synthetic
+from gpu_right import ROOT, augmented, settings
+from speed import CLASSES, WARM_UP, build, clock, compute_of, in_turn, loop_and_bare, our_loop, run_plan, synthetic
 
 from commands import doctor
+from config import Config
+from config.command_line import parse_config
 from engine import train_epoch
 from models.flops import count_flops
 from training.build import make_model, make_plan
 from utils import Topology
 
 MODELS = ("convnext_tiny", "deit_small", "swin_tiny", "resnet50")
+FAST = ("in1k/deit_small_fast60", "in1k/convnext_tiny_fast60")  # recipes, beside the ordinary ones of 300 epochs
 
 
 def config_of(machine, name: str, size: int, **changes):
@@ -34,46 +37,47 @@ def cases(machine):
     return [(name, size) for name in MODELS for size in (96, 160, 224)]
 
 
+@functools.cache
+def rates_of(machine, name: str, size: int) -> tuple[float, float]:
+    """Images/s of the project's loop and of a bare one: 20 steps each, and some to warm up."""
+    steps, repetitions = (1, 1) if machine.quick else (5, 4)
+    return loop_and_bare(config_of(machine, name, size), size, machine.device, steps, repetitions)
+
+
 def loop(machine):
     """The project's loop, from uint8 images, over a bare one on float images that lie on the device."""
-    steps, repetitions = (1, 1) if machine.quick else (10, 2)
     least = {96: 0.93}
     for name, size in [*cases(machine), *([("deit_tiny", 96)] if machine.gpu and not machine.quick else [])]:
-        ours, bare = loop_and_bare(config_of(machine, name, size), size, machine.device, steps, repetitions)
-        yield f"{name} at {size}, over a bare loop", *bar(machine, ours / bare, least.get(size, 0.97))
+        ours, bare = rates_of(machine, name, size)
+        yield (
+            f"{name} at {size}: {ours:,.0f} images/s, over a bare loop",
+            *bar(machine, ours / bare, least.get(size, 0.97)),
+        )
 
 
 def host(machine):
-    """The host's time to issue a step over the GPU's to do it."""
+    """The host's time to issue a step (that of a batch too small to keep the GPU busy) over the GPU's to do it."""
+    steps, repetitions = (1, 1) if machine.quick else (10, 2)
     for name, size in cases(machine):
-        config = config_of(machine, name, size, epochs=40)
-        plan, training = build(config, config.batch_size, machine.device)
-        batches, records = synthetic(plan, training), iter(plan)
-        for _ in range(5):
-            train_epoch(training, next(records), batches, lambda *_: False)
-        issued, done = 0.0, 0.0
-        for _ in range(20):
-            started = clock(machine.device)
-            train_epoch(training, next(records), batches, lambda *_: False)
-            issued += time.perf_counter() - started
-            done += clock(machine.device) - started
-        value = issued / done
-        yield f"{name} at {size}", value, "<= 0.6", value <= 0.6 if not machine.quick else None
+        config = config_of(machine, name, size)
+        small = replace(config, batch_size=8, micro_batch=8, num_images=8)
+        run = our_loop(small, machine.device, steps, repetitions + WARM_UP)
+        issued = min(in_turn({name: run}, repetitions, machine.device)[name]) / steps
+        value = issued / (config.batch_size / rates_of(machine, name, size)[0])
+        yield f"{name} at {size}: {1000 * issued:.0f} ms", value, "<= 0.6", value <= 0.6 if not machine.quick else None
 
 
 def sizes(machine):
     """Images/s at B over those at the base size, as a share of what the FLOPs promise."""
-    steps, repetitions = (1, 1) if machine.quick else (10, 2)
     names = dict.fromkeys(name for name, _ in cases(machine))
     base = max(size for _, size in cases(machine))
     for name in names:
-        rates, all_sizes = {}, sorted({size for other, size in cases(machine) if other == name})
-        for size in all_sizes:
-            rates[size], _ = loop_and_bare(config_of(machine, name, size), size, machine.device, steps, repetitions)
+        all_sizes = sorted({size for other, size in cases(machine) if other == name})
         config = config_of(machine, name, base)
         flops, _ = count_flops(lambda size: make_model(config, CLASSES, size), all_sizes)  # noqa: B023
         for size in all_sizes[:-1]:
-            share = rates[size] / rates[base] / (flops[base] / flops[size])
+            faster = rates_of(machine, name, size)[0] / rates_of(machine, name, base)[0]
+            share = faster / (flops[base] / flops[size])
             yield (
                 f"{name}: {size} over {base}, share of the FLOP ratio",
                 *bar(machine, share, 0.85 if size < 128 else 0.9),
@@ -83,25 +87,48 @@ def sizes(machine):
 def whole_run(machine):
     """EfficientTrain++ against the ordinary plan, from images in memory, at a small scale; the doctor's foresight."""
     small = not machine.gpu or machine.quick
-    name, size, images, epochs = ("test_resnet", 64, 64, 2) if small else ("convnext_tiny", 224, 12800, 3)
+    name, size, images, epochs = ("test_resnet", 64, 64, 2) if small else ("convnext_tiny", 224, 12_800, 3)
     config = config_of(machine, name, size, epochs=epochs, curriculum="efficienttrain++")
-    config = replace(config, batch_size=16 if small else 512, micro_batch=8 if small else 128)
+    config = replace(config, batch_size=16 if small else 1024, micro_batch=8 if small else 256)
     ordinary = replace(config, curriculum="none", magnitude="linear", epochs=epochs * 1.5)
-    done, full = (run_plan(settings_of, images, machine.device) for settings_of in (config, ordinary))
+    # Once before, for what every process does once, at every size of image and batch, is no part of a long run.
+    cold, done, full = (run_plan(plan, images, machine.device) for plan in (config, config, ordinary))
     wall, compute = full["seconds"] / done["seconds"], compute_of(ordinary, images) / compute_of(config, images)
     yield f"{name}: wall speed-up {wall:.2f} over FLOP speed-up {compute:.2f}", *bar(machine, wall / compute, 0.95)
-    slowest = max(done["switches"], default=0.0)
-    yield "slowest switch of the input size, s", slowest, "< 3", slowest < 3 if machine.gpu else None
-    predicted, plan, topology = 0.0, make_plan(config, images, CLASSES), Topology(0, 1, machine.device)
-    doctor.SECONDS = 0.02 if small else 1.5
-    for stage in plan.stages:
-        passes = build(config, images, machine.device)[1].sampler.forward_passes(plan.locate(stage.first_step)[0])
-        most = max(map(len, passes)) * config.micro_batch
-        model = make_model(config, CLASSES, stage.input_size)
-        forward, update = doctor.step_seconds(config, plan, model, most, config.micro_batch, topology)
-        predicted += stage.steps * (forward / most * stage.batch_size + update)
-    off = abs(predicted / done["seconds"] - 1)
+    slowest = max(cold["switches"], default=0.0)
+    yield "slowest switch and first step, s", slowest, "< 3", slowest < 3 if machine.gpu and not small else None
+    off = abs(foreseen(machine, config, images) / done["seconds"] - 1)
     yield "the doctor's seconds for it, off by", off, "<= 0.1", off <= 0.1 if machine.gpu and not small else None
+
+
+def foreseen(machine, config: Config, images: int) -> float:
+    """Seconds of a plan's training as the doctor reckons them, from measured steps."""
+    plan, topology, total = make_plan(config, images, CLASSES), Topology(0, 1, machine.device), 0.0
+    doctor.SECONDS = 0.02 if machine.quick or not machine.gpu else 1.5
+    sampler = build(config, images, machine.device)[1].sampler
+    for stage in plan.stages:
+        passes = sampler.forward_passes(plan.locate(stage.first_step)[0])
+        most = max(map(len, passes)) * sampler.micro_batch
+        model = make_model(config, CLASSES, stage.input_size)
+        forward, update = doctor.step_seconds(config, plan, model, most, sampler.micro_batch, topology)
+        total += stage.steps * (forward / most * stage.batch_size + update)
+    return total
+
+
+def fast(machine):
+    """The fast recipe against ordinary AdamW of 300 epochs: how much less time by measured steps, over how much less
+    compute; Muon's own time counts."""
+    small = {"model": "test_resnet", "model_args": None, "input_size": 64, "batch_size": 16, "num_images": 64}
+    for recipe in FAST[:1] if machine.quick else FAST:
+        settings = {}
+        for name in (recipe, recipe.replace("fast60", "base300")):
+            config = parse_config(["--recipe", str(ROOT / "recipes" / f"{name}.yaml"), "--amp", "bf16"])
+            config = replace(config, channels_last=True, micro_batch=256)
+            settings[name] = replace(config, **small, micro_batch=8) if machine.quick else config
+        images = 64 if machine.quick else 1_281_167
+        less, ordinary = ((foreseen(machine, c, images), compute_of(c, images)) for c in settings.values())
+        seconds, compute = (b / a for a, b in zip(less, ordinary))
+        yield f"{recipe}: {seconds:.2f} less time, {compute:.2f} less compute", *bar(machine, seconds / compute, 0.9)
 
 
 def augmenting(machine):
@@ -124,18 +151,16 @@ def augmenting(machine):
 
 def options(machine):
     """What TF32 and compilation are worth, printed only."""
-    steps, repetitions = (1, 1) if machine.quick else (5, 1)
-    for name, size in cases(machine):
-        if size not in (64, 224):
-            continue
-        for compiles in (False, True):
-            for amp, precision in (("none", "highest"), ("none", "high"), ("bf16", "high")):
-                if amp == "none" and name not in ("convnext_tiny", "test_resnet"):
-                    continue
-                torch.set_float32_matmul_precision(precision)
-                torch.backends.cudnn.allow_tf32 = precision == "high"
-                config = config_of(machine, name, size, amp=amp, compile=compiles)
-                rate, _ = loop_and_bare(config, size, machine.device, steps, repetitions)
-                label = {"none": f"fp32{', TF32' * (precision == 'high')}", "bf16": "bf16"}[amp]
-                yield f"{name} at {size}, {label}{', compiled' * compiles}: images/s", rate, "", None
-    torch.backends.cudnn.allow_tf32 = True
+    steps, repetitions = (1, 1) if machine.quick else (5, 2)
+    names = [name for name, size in cases(machine) if size in (64, 224)]
+    kinds = [(names[0], "none", "highest", False), (names[0], "none", "high", False), (names[0], "none", "high", True)]
+    for name, amp, precision, compiles in [*kinds, *((name, "bf16", "high", True) for name in names)]:
+        torch.set_float32_matmul_precision(precision)
+        torch.backends.cudnn.allow_tf32 = precision == "high"
+        size = max(size for _, size in cases(machine))
+        config = config_of(machine, name, size, amp=amp, compile=compiles)
+        run = our_loop(config, machine.device, steps, repetitions + WARM_UP)
+        seconds = in_turn({name: run}, repetitions, machine.device)[name]
+        rate = config.batch_size * steps / min(seconds)
+        label = {"none": f"fp32{', TF32' * (precision == 'high')}", "bf16": "bf16"}[amp]
+        yield f"{name} at {size}, {label}{', compiled' * compiles}: images/s", rate, "", None

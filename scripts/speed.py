@@ -24,6 +24,7 @@ from training.build import make_batches, make_model, make_plan, make_sampler, ma
 from utils import Topology, release_memory, wrap
 
 CLASSES = 100
+WARM_UP = 2  # repetitions that are not counted: libraries choose their algorithms
 
 
 class Photos:
@@ -54,17 +55,17 @@ class Photos:
 def synthetic(plan: Plan, training: Training) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Uint8 batches that lie in (page-locked) memory, so that loading costs nothing, for all passes of the plan."""
     generator, pin = torch.Generator().manual_seed(0), training.device.type == "cuda"
+    made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}  # once: random numbers take longer than a step
     for record in plan:
-        passes, made = training.sampler.forward_passes(record), {}
-        side = plan.loaded_size(record.input_size)
+        passes, side = training.sampler.forward_passes(record), plan.loaded_size(record.input_size)
         for _ in range(record.steps):
             for groups in passes:
                 images = len(groups) * training.sampler.micro_batch
-                if images not in made:
+                if (images, side) not in made:
                     pixels = torch.randint(0, 256, (images, 3, side, side), generator=generator, dtype=torch.uint8)
                     labels = torch.randint(0, CLASSES, (images,), generator=generator)
-                    made[images] = (pixels.pin_memory(), labels.pin_memory()) if pin else (pixels, labels)
-                yield made[images]
+                    made[images, side] = (pixels.pin_memory(), labels.pin_memory()) if pin else (pixels, labels)
+                yield made[images, side]
 
 
 def build(config: Config, num_images: int, device: torch.device) -> tuple[Plan, Training]:
@@ -81,7 +82,8 @@ def run_plan(config: Config, num_images: int, device: torch.device, source: Phot
     """Trains a whole plan; with ``source`` its images are loaded.
 
     Returns:
-        ``seconds`` in all, ``rates`` (images/s) by input size, ``switches``: seconds of each change of size.
+        ``seconds`` in all, ``rates`` (images/s) by input size, ``switches``: seconds of each change of size with the
+        first step after it, for which libraries choose their algorithms.
     """
     plan, training = build(config, num_images, device)
     batches = make_batches(config, plan, training.sampler, source, device) if source else synthetic(plan, training)
@@ -90,11 +92,13 @@ def run_plan(config: Config, num_images: int, device: torch.device, source: Phot
     for record in plan:
         started = clock(device)
         model = unwrap(training.model)
-        if model.input_size != record.input_size:
+        switched = model.input_size != record.input_size
+        if switched:
             training.model = None
             set_input_size(model, record.input_size, training.optimizer, training.ema)
             release_memory(device)
             training.model = wrap(model, Topology(0, 1, device), config.compile)
+            train_epoch(training, record, batches, lambda lr, images: True)
             switches.append(clock(device) - started)
         train_epoch(training, record, batches, lambda lr, images: False)
         images, seconds = spent.get(record.input_size, (0, 0.0))
@@ -112,35 +116,43 @@ def compute_of(config: Config, num_images: int) -> float:
     return sum(stage.steps * stage.batch_size * flops[stage.input_size] for stage in plan.stages)
 
 
-def loop_and_bare(config: Config, size: int, device: torch.device, steps: int, repetitions: int) -> tuple[float, float]:
-    """Images/s of the project's loop on synthetic uint8 images, and of a bare loop on float ones on the device."""
-    config = replace(config, curriculum="none", input_size=size, epochs=(repetitions + 2) * steps, warmup_epochs=0)
-    config = replace(config, schedule="cosine", lr_steps=None)
-    plan, training = build(config, config.batch_size, device)
+def our_loop(config: Config, device: torch.device, steps: int, calls: int) -> Callable[[], None]:
+    """A pass of ``steps`` optimizer steps of the project's loop on uint8 images; it can be called ``calls`` times."""
+    config = replace(config, curriculum="none", epochs=calls, warmup_epochs=0, schedule="cosine", lr_steps=None)
+    plan, training = build(config, config.batch_size * steps, device)
     batches, records = synthetic(plan, training), iter(plan)
-    bare = place(make_model(config, CLASSES, size), device, config.channels_last).train()
-    optimizer = torch.optim.AdamW(bare.parameters(), fused=True)
-    called = wrap(bare, Topology(0, 1, device), config.compile)
-    images, targets = next(synthetic(plan, training))
-    seeds = [0] * (len(images) // training.sampler.micro_batch)
-    images, targets = training.finish.train(
-        to_device(images, device), to_device(targets, device), size, seeds, training.sampler.micro_batch
-    )
+    return lambda: train_epoch(training, next(records), batches, lambda lr, images: False)
 
-    def ours() -> None:
-        for _ in range(steps):
-            train_epoch(training, next(records), batches, lambda lr, count: False)
 
-    def theirs() -> None:
+def bare_loop(config: Config, device: torch.device, steps: int) -> Callable[[], None]:
+    """As many steps of nothing but model, loss and optimizer, on float images that lie on the device."""
+    config = replace(config, curriculum="none", warmup_epochs=0, schedule="cosine", lr_steps=None)
+    plan, training = build(config, config.batch_size, device)
+    model, group = training.model.train(), training.sampler.micro_batch
+    passes = training.sampler.forward_passes(plan.records[0])
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    images, targets = (to_device(tensor, device) for tensor in next(synthetic(plan, training)))
+    images, targets = training.finish.train(images, targets, plan.base_size, [0] * (len(images) // group), group)
+    training.ema = training.optimizer = None
+
+    def run() -> None:
         for _ in range(steps):
-            with autocast(device, config.amp):
-                loss = nn.functional.cross_entropy(called(images).float(), targets)
-            loss.backward()
+            for _ in passes:
+                with autocast(device, config.amp):
+                    loss = nn.functional.cross_entropy(model(images).float(), targets)
+                loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    seconds = in_turn({"ours": ours, "theirs": theirs}, repetitions, device)
-    return tuple(config.batch_size * steps / statistics.median(seconds[name]) for name in ("ours", "theirs"))
+    return run
+
+
+def loop_and_bare(config: Config, size: int, device: torch.device, steps: int, repetitions: int) -> tuple[float, float]:
+    """Images/s of the project's loop on synthetic uint8 images, and of a bare loop on float ones on the device."""
+    config = replace(config, input_size=size)
+    loops = {"ours": our_loop(config, device, steps, repetitions + WARM_UP), "bare": bare_loop(config, device, steps)}
+    seconds = in_turn(loops, repetitions, device)
+    return tuple(config.batch_size * steps / statistics.median(seconds[name]) for name in loops)
 
 
 def in_turn(
@@ -148,11 +160,11 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each variant, run one after the other in each repetition, so that a disturbance meets all of them."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for repetition in range(repetitions + 2):
+    for repetition in range(repetitions + WARM_UP):
         for name, variant in variants.items():
             start = clock(device)
             variant()
-            if repetition >= 2:  # the first ones warm up
+            if repetition >= WARM_UP:
                 seconds[name].append(clock(device) - start)
     return seconds
 
