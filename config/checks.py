@@ -43,6 +43,8 @@ _RANGES = {
     "from 0 to 10": (lambda x: 0 <= x <= 10, "max_magnitude"),
 }
 
+COMMANDS = ("plan", "suggest", "doctor", "predict", "eval")  # what main.py does instead of training
+
 
 def check_ranges(config: Config) -> None:
     """Raises UsageError for a setting outside its range; names it, its value and the range."""
@@ -74,6 +76,9 @@ def check_ranges(config: Config) -> None:
 def check_settings(config: Config) -> None:
     """Raises UsageError for a setting outside its range, and for settings that do not go together."""
     check_ranges(config)
+    asked = [f"--{name}" for name in COMMANDS if getattr(config, name) not in (None, False, "none")]
+    if len(asked) > 1:
+        raise UsageError(f"{' and '.join(asked)} each do something else instead of training: choose one")
     if config.eval and not (config.resume or config.finetune):
         raise UsageError("--eval needs weights: --resume CHECKPOINT (ours) or --finetune FILE (anyone's)")
     if config.predict is not None and not config.resume:

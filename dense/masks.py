@@ -58,8 +58,11 @@ class LabelMaps:
         labels = read_labels(self.label_paths[i], len(self.classes), self.void_zero)
         check_image(self.images[i], labels.shape, self.label_paths[i])
 
-    def name(self, i: int) -> str:
+    def path(self, i: int) -> str:
         return self.images[i]
+
+    def name(self, i: int) -> str:
+        return self.path(i)
 
     def image_id(self, i: int) -> int:
         return i

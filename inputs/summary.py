@@ -1,7 +1,7 @@
 """What was read, in one line: images by ending, what was skipped and why, the classes' order, kinds of images."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from PIL import Image
@@ -41,21 +41,25 @@ def describe(train: Source, val: Source, how: str) -> str:
             seen.add(source.root)
             endings, left_out = source.contents()
             lines.append(f"{source.root}: {listed(endings)}" + (f"; not read: {listed(left_out)}" if left_out else ""))
-    looked, traits = look_at(train)
-    lines += [f"{count:,} of {looked:,} training images looked at are {trait}" for trait, count in traits.items()]
-    return "; ".join(lines)
+    return "; ".join([*lines, *look_at(train.read, len(train))])
 
 
-def look_at(source: Source) -> tuple[int, Counter]:
-    """(headers looked at, how many images of each kind that is not used just as it is)."""
-    places = np.linspace(0, len(source) - 1, min(SAMPLE, len(source)), dtype=np.int64).tolist()
-    found = in_threads(lambda k: _traits(source, places[k]), len(places), 16)
-    return len(places), Counter(trait for traits in found for trait in traits)
+def look_at(read: Callable[[int], bytes | Image.Image], count: int) -> list[str]:
+    """How many training images are of each kind that is not used just as it is, by their headers.
+
+    Args:
+        read: gives an image's bytes, or the image; of at most SAMPLE of the ``count`` images.
+    """
+    places = np.linspace(0, count - 1, min(SAMPLE, count), dtype=np.int64).tolist()
+    found = Counter(
+        trait for traits in in_threads(lambda k: _traits(read, places[k]), len(places), 16) for trait in traits
+    )
+    return [f"{number:,} of {len(places):,} training images looked at are {trait}" for trait, number in found.items()]
 
 
-def _traits(source: Source, i: int) -> list[str]:
+def _traits(read: Callable[[int], bytes | Image.Image], i: int) -> list[str]:
     try:
-        data = source.read(i)
+        data = read(i)
         if isinstance(data, bytes) and data.startswith(JPEG_START):
             return []
         image = data if isinstance(data, Image.Image) else open_image(data)

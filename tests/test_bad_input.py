@@ -7,6 +7,8 @@ import pytest
 import torch
 from conftest import flags, write_images
 
+from config import Config, UsageError
+from config.checks import check_settings
 from models import checkpoints
 from training.one_writer import LOCK
 
@@ -242,3 +244,16 @@ def test_a_good_checkpoint_is_not_refused(main_program, folder, copied):
     """Negative control for all of the above."""
     assert main_program(flags(data_path=folder, output_dir=copied, model_ema=True)) == 0
     assert checkpoints.load(copied / "checkpoint-last.pth")["step"] == 22
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"plan": "table", "doctor": True}, "--plan and --doctor"),
+        ({"eval": True, "predict": "x", "resume": "y"}, "--predict and --eval"),
+        ({"suggest": True, "eval": True, "finetune": "y"}, "--suggest and --eval"),
+    ],
+)
+def test_one_thing_at_a_time(settings, named):
+    with pytest.raises(UsageError, match=f"^{named} each do something else instead of training: choose one"):
+        check_settings(Config(**settings))

@@ -21,7 +21,7 @@ from dense.weights import load_dense
 from inputs.views import fingerprint
 from models import checkpoints
 from models.export import main as export
-from training.build import open_sources
+from training.build import describe, open_sources
 from training.identity import differing_images
 
 
@@ -170,6 +170,21 @@ def test_16_bits_are_the_8_high_ones_of_a_turned_image_too(tmp_path, orientation
     Image.fromarray((values >> 8).astype("uint8")).save(tmp_path / "b.png", exif=exif)
     found, expected = (read_image(tmp_path / name, None) for name in ("a.png", "b.png"))
     assert (found == expected).all() and found.min() < 5 and found.max() > 200
+
+
+@pytest.mark.parametrize("kind", ["coco", "masks"])
+def test_images_that_are_reduced_to_8_bits_are_counted_beside_the_data(kind, request):
+    root = request.getfixturevalue(kind)
+    config = Config(task={"coco": "detection", "masks": "segmentation"}[kind], data_set=kind, data_path=str(root))
+    train, _ = sources = open_sources(config)
+    (before,) = describe(config, sources)
+    assert before.startswith(f"data: {len(train)} training and 5 validation scenes, ") and before.endswith(" classes")
+    with Image.open(train.path(2)) as image:
+        deep = Image.new("I;16", image.size, 300)
+    deep.save(train.path(2), "PNG")
+    (line,) = describe(config, sources)
+    said = f"; 1 of {len(train)} training images looked at are 16-bit grey (reduced to the 8 high bits)"
+    assert line == before + said
 
 
 def test_a_few_missing_training_images_are_within_the_budget_of_every_task(coco):

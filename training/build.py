@@ -19,6 +19,7 @@ from curriculum.device_augment import DeviceAugment
 from curriculum.skeleton import Skeleton
 from datasets import Source, TrainSet, build_source, describe_data, eval_loader, training_batches
 from dense.build import make_dense
+from dense.reading import read_bytes
 from dense.scenes import TrainScenes
 from dense.tasks import Detection, SceneFinish, Segmentation
 from dense.tasks import eval_loader as dense_eval_loader
@@ -30,6 +31,7 @@ from inputs.device import DeviceTransform
 from inputs.finish import IMAGENET_MEAN, IMAGENET_STD, Finish
 from inputs.readable import drop_unreadable
 from inputs.replay import replay_capacity
+from inputs.summary import look_at
 from inputs.transforms import EvalTransform, TrainTransform
 from models import create_mae, create_model, param_groups
 from training.muon import Muon
@@ -108,7 +110,8 @@ def describe(config: Config, sources: tuple[Source, Source]) -> list[str]:
     if config.task not in DENSE_TASKS:
         return describe_data(config, sources)
     train, test = sources
-    return [f"data: {len(train):,} training and {len(test):,} validation scenes, {len(train.classes)} classes"]
+    found = f"data: {len(train):,} training and {len(test):,} validation scenes, {len(train.classes)} classes"
+    return ["; ".join([found, *look_at(lambda i: read_bytes(train.path(i)), len(train))])]
 
 
 def number_of_classes(config: Config, source: Source) -> int:
