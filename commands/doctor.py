@@ -235,8 +235,9 @@ def loop_speed(
         return len(ends) > 2 * UNSTEADY and ends[-1] - ends[UNSTEADY - 1] > 2 * SECONDS
 
     try:
-        for record in (record for record in plan if plan.stages[record.stage] is stage):
-            if train_epoch(training, record, batches, after_step):
+        for record in plan:
+            within = stage.first_step < record.first_step + record.steps <= stage.first_step + stage.steps
+            if within and train_epoch(training, record, batches, after_step):
                 break
     finally:
         batches.close()

@@ -3,6 +3,8 @@
 import json
 import math
 import re
+import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +12,10 @@ import torch
 from commands import autobatch, doctor
 from config import Config
 from curriculum import CurriculumSampler, build_plan
+from datasets import TrainSet
 from models import create_model
 from tests.conftest import flags
+from training.build import make_plan, make_sampler, open_sources
 from utils import Topology
 
 
@@ -81,6 +85,35 @@ def test_the_whole_run_is_the_sum_of_its_stages_and_evaluations():
         rows, CurriculumSampler(plan, world_size=2), config, 300, Topology(0, 2, torch.device("cuda", 0)), 16
     )
     assert found == pytest.approx((expected + 2) / 2, rel=1e-6)
+
+
+def test_a_loop_that_was_timed_with_its_loader_is_not_reckoned():
+    plan = build_plan("efficienttrain++", epochs=20, num_images=1000, batch_size=10, base_size=64)
+    rows = [{**row(size, 400, 1e9), "whole": whole} for size, whole in ((32, 50), (48, 20), (64, None))]
+    config = Config(input_size=64, eval_interval="100%", num_workers=4)
+    small, middle, large = (stage.steps * 10 for stage in plan.stages)
+    found = doctor.predict(rows, CurriculumSampler(plan), config, 0, Topology(0, 1, torch.device("cpu")), 1)
+    reckoned = doctor.busiest(large / 400, 0, 4, 1, True)  # the stage was too short
+    assert found == pytest.approx(small / 50 + middle / 20 + reckoned, rel=1e-6)
+
+
+def test_a_loop_is_timed_with_its_loader_beside_it(folder, monkeypatch):
+    """A loader of 100 images/s holds back a model of thousands; a stage of three steps tells nothing."""
+    real = TrainSet.__getitem__
+    monkeypatch.setattr(TrainSet, "__getitem__", lambda data, sample: (time.sleep(0.01), real(data, sample))[1])
+    monkeypatch.setattr(doctor, "SECONDS", 0.1)
+    config = Config(model="test_resnet", input_size=64, batch_size=8, micro_batch=8, epochs=40, data_path=str(folder))
+    config = replace(config, num_workers=1)
+    source, _ = open_sources(config)
+    plan = make_plan(config, len(source), 3)
+    sampler, topology = make_sampler(config, plan, 1), Topology(0, 1, torch.device("cpu"))
+    for stage in plan.stages:
+        model = create_model("test_resnet", 3, stage.input_size)
+        speed = doctor.loop_speed(config, plan, sampler, source, model, stage, topology)
+        assert 0 < speed < 250
+        short = replace(stage, first_step=stage.first_step + stage.steps - 3, steps=3)
+        assert doctor.loop_speed(config, plan, sampler, source, model, short, topology) is None
+    assert sampler.start_step == 0
 
 
 def test_a_step_is_timed_in_the_runs_groups_from_one_batch(monkeypatch):
