@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -249,12 +249,13 @@ def evaluate(
     """
     model.eval()
     scores = task.begin(loader.dataset, device)
-    for images, targets, indices in loader:
-        images, targets = to_device(images, device), to_device(targets, device)
-        with autocast(device, amp):
-            scores.add(model, finish.evaluate(images, size, radius), targets, indices)
-        if stop():
-            return None
+    with many_shapes(getattr(model, "any_size", False)):
+        for images, targets, indices in loader:
+            images, targets = to_device(images, device), to_device(targets, device)
+            with autocast(device, amp):
+                scores.add(model, finish.evaluate(images, size, radius), targets, indices)
+            if stop():
+                return None
     most = -(-len(loader.dataset) // (world_size() * loader.batch_size))  # batches of the process that has most
     if any(stop() for _ in range(most - len(loader))):
         return None
@@ -267,6 +268,17 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
         group["lr"] = lr * group.get("lr_scale", 1.0)
         if group["weight_decay"] > 0:
             group["weight_decay"] = weight_decay
+
+
+@contextmanager
+def many_shapes(many: bool = True) -> Iterator[None]:
+    """If images of ``many`` sizes come, cuDNN takes its algorithms without trying all of them, for seconds, at each."""
+    tries = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = tries and not many
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = tries
 
 
 def autocast(device: torch.device, amp: str):

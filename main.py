@@ -33,7 +33,7 @@ from config.checks import DENSE_TASKS, check_settings
 from curriculum import Plan, table
 from curriculum.sampler import derive_seed, group_sizes
 from dense.weights import load_dense
-from engine import train_epoch
+from engine import many_shapes, train_epoch
 from models import checkpoints, freeze_body, load_weights
 from models.check import check_trainable
 from training.advice import advice
@@ -260,7 +260,7 @@ def run(config: Config, said: set[str], warnings: Sequence[str] = ()) -> int:
         return predict(config, said, topology)
     if config.eval:
         return evaluate_weights(config, topology)
-    with printing_never_fails():
+    with printing_never_fails(), many_shapes(config.task == "detection"):
         return train(config, topology, warnings)
 
 

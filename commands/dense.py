@@ -19,7 +19,7 @@ from dense.reading import read_image, to_tensor
 from dense.tasks import Detection, Segmentation, eval_loader
 from dense.transforms import DetectionTest, SegmentationTest
 from dense.weights import load_dense
-from engine import autocast, evaluate
+from engine import autocast, evaluate, many_shapes
 from inputs.decode import BadImage
 from models.reading import class_names
 from models.registry import build_bounded
@@ -102,7 +102,7 @@ def predict_dense(
     else:
         writer = LabelWriter(config.predict_to, names, config.pictures)
     root = config.predict if os.path.isdir(config.predict) else os.path.dirname(config.predict.split("*")[0])
-    with torch.inference_mode():
+    with torch.inference_mode(), many_shapes():
         for path in paths:
             try:
                 image = to_tensor(read_image(path, None))

@@ -112,7 +112,7 @@ def launch(machine, name, **changes) -> tuple[int, str]:
     """main.py with these settings in this process: its exit code and what it printed."""
     values = {
         "data_path": folder_of(machine), "output_dir": machine.folder / name, "model": "test_resnet", "num_workers": 0,
-        "log_interval": "2 steps", "eval_interval": "100%", "save_interval": "1 steps", "device": machine.device.type,
+        "log_interval": "2 steps", "eval_interval": "100%", "save_interval": "100%", "device": machine.device.type,
         **SMALL, **changes,
     }  # fmt: skip
     argv = [text for key, value in values.items() if value is not None for text in (f"--{key}", _text(value))]

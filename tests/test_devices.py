@@ -5,14 +5,19 @@ import platform
 import subprocess
 import sys
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
+import engine
+import main
 import utils
 from config import UsageError, load_recipe
 from config.command_line import parse_config
-from tests.conftest import ROOT
+from inputs.finish import Finish
+from tests.conftest import ROOT, flags
 
 
 @pytest.fixture
@@ -59,6 +64,39 @@ def test_tf32_is_a_setting_of_products_and_convolutions(machine, tf32):
     start(tf32)
     assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
     assert torch.backends.cudnn.allow_tf32 is tf32
+
+
+@pytest.fixture
+def tries():
+    """cuDNN's trying of algorithms, on as a run on CUDA sets it."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    yield lambda: torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before
+
+
+@pytest.mark.parametrize(("task", "expected"), [("detection", False), ("segmentation", True), ("supervised", True)])
+def test_algorithms_are_not_tried_for_every_size_of_a_detector_s_images(
+    main_program, tries, monkeypatch, tmp_path, task, expected
+):
+    seen = []
+    monkeypatch.setattr(main, "train", lambda *_: seen.append(tries()) or 0)
+    settings = {"supervised": {}, "detection": {"data_set": "coco"}, "segmentation": {"data_set": "masks"}}[task]
+    dense = {"mixup": 0, "cutmix": 0, "reprob": 0, "smoothing": 0, "magnitude": "none"} if settings else {}
+    command = flags(task=task, data_path=tmp_path, output_dir=tmp_path / "out", **settings, **dense)
+    assert main_program(command) == 0
+    assert seen == [expected] and tries()
+
+
+@pytest.mark.parametrize("any_size", [False, True])
+def test_algorithms_are_not_tried_for_every_size_of_an_evaluation(tries, any_size):
+    seen = []
+    scores = SimpleNamespace(add=lambda *_: seen.append(tries()), scores=dict)
+    task = SimpleNamespace(begin=lambda *_: scores)
+    loader = DataLoader([(torch.zeros(3, 8, 8, dtype=torch.uint8), 0, i) for i in range(2)])
+    model = torch.nn.Identity()
+    model.any_size = any_size
+    engine.evaluate(model, loader, Finish(2, base_size=8), 8, torch.device("cpu"), task)
+    assert seen == [not any_size] * 2 and tries()
 
 
 def test_tf32_is_on_by_default_and_a_flag():
