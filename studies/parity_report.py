@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.ticker import LogLocator
 
 from studies.factors import Curve, Factor, factor, target
 from studies.figures import panels, save, write_csv
@@ -225,9 +226,9 @@ class ParityReport:
                     axis.annotate(f"{one.value:.2f}x", (middle, level), ha="center", va="bottom", fontsize=8)
             label = "training compute, PFLOPs" if measure == "compute" else "training time, s (with loading)"
             axis.set(xscale="log", xlabel=label, ylabel="validation top-1, %")
+            axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.xaxis.set_major_formatter("{x:g}")
-            axis.xaxis.set_minor_formatter("{x:g}")
-            axis.tick_params(axis="x", which="minor", labelsize=6)
+            axis.xaxis.set_minor_formatter("")
             if curves:
                 axis.legend(loc="lower right")
         save(figure, folder, "parity")
