@@ -272,7 +272,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 @contextmanager
 def many_shapes(many: bool = True) -> Iterator[None]:
-    """If images of ``many`` sizes come, cuDNN takes its algorithms without trying all of them, for seconds, at each."""
+    """Keeps cuDNN from trying its algorithms at every new shape, which takes seconds, where ``many`` sizes come."""
     tries = torch.backends.cudnn.benchmark
     torch.backends.cudnn.benchmark = tries and not many
     try:

@@ -254,14 +254,15 @@ def run(config: Config, said: set[str], warnings: Sequence[str] = ()) -> int:
         return write_suggestion(config, said)
     end_with_launcher()
     topology = init_topology(config.device, config.deterministic, config.tf32, timedelta(minutes=config.timeout))
-    if config.doctor:
-        return diagnose(config, topology)
-    if config.predict is not None:
-        return predict(config, said, topology)
-    if config.eval:
-        return evaluate_weights(config, topology)
-    with printing_never_fails(), many_shapes(config.task == "detection"):
-        return train(config, topology, warnings)
+    with many_shapes(config.task == "detection"):
+        if config.doctor:
+            return diagnose(config, topology)
+        if config.predict is not None:
+            return predict(config, said, topology)
+        if config.eval:
+            return evaluate_weights(config, topology)
+        with printing_never_fails():
+            return train(config, topology, warnings)
 
 
 def main(argv: list[str]) -> int:

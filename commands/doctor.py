@@ -75,7 +75,7 @@ def examine(
 
     Measured at each of the plan's sizes: a training step on this device, copying a batch to it, and what one loader
     worker brings (with the settings as they are; for a classifier, with the fast pipeline, and with RandAugment on the
-    device, too).
+    device, too). Where both share the cores, the run's own loop with its loader is timed besides, for the whole run.
 
     Args:
         scored: images of an evaluation.
@@ -318,16 +318,15 @@ def repeat(action: Callable[[], Any], device: torch.device) -> float:
     """
     finish = (lambda: None) if device.type == "cpu" else getattr(torch, device.type).synchronize
     finish()
-    count, done, started = 1, 0, time.perf_counter()
+    done, more, started = 0, 1, time.perf_counter()
     while True:
-        for _ in range(count - done):
+        for _ in range(more):
             action()
         finish()
-        seconds = time.perf_counter() - started
-        done = count
+        done, seconds = done + more, time.perf_counter() - started
         if seconds >= SECONDS:
-            return count / seconds
-        count = max(count + 1, min(2 * count, math.ceil(1.1 * count * SECONDS / seconds)))
+            return done / seconds
+        more = min(done, math.ceil(done * (SECONDS - seconds) / seconds))  # to the end at this speed, at most as many
 
 
 def usable_cores() -> int:

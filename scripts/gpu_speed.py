@@ -120,13 +120,13 @@ def fast(machine):
     compute; Muon's own time counts."""
     small = {"model": "test_resnet", "model_args": None, "input_size": 64, "batch_size": 16, "num_images": 64}
     for recipe in FAST[:1] if machine.quick else FAST:
-        settings = {}
+        configs = []
         for name in (recipe, recipe.replace("fast60", "base300")):
             config = parse_config(["--recipe", str(ROOT / "recipes" / f"{name}.yaml"), "--amp", "bf16"])
             config = replace(config, channels_last=True, micro_batch=256)
-            settings[name] = replace(config, **small, micro_batch=8) if machine.quick else config
+            configs.append(replace(config, **small, micro_batch=8) if machine.quick else config)
         images = 64 if machine.quick else 1_281_167
-        less, ordinary = ((foreseen(machine, c, images), compute_of(c, images)) for c in settings.values())
+        less, ordinary = ((foreseen(machine, c, images), compute_of(c, images)) for c in configs)
         seconds, compute = (b / a for a, b in zip(less, ordinary))
         yield f"{recipe}: {seconds:.2f} less time, {compute:.2f} less compute", *bar(machine, seconds / compute, 0.9)
 
@@ -152,12 +152,12 @@ def augmenting(machine):
 def options(machine):
     """What TF32 and compilation are worth, printed only."""
     steps, repetitions = (1, 1) if machine.quick else (5, 2)
-    names = [name for name, size in cases(machine) if size in (64, 224)]
+    size = max(size for _, size in cases(machine))
+    names = [name for name, side in cases(machine) if side == size]
     kinds = [(names[0], "none", "highest", False), (names[0], "none", "high", False), (names[0], "none", "high", True)]
     for name, amp, precision, compiles in [*kinds, *((name, "bf16", "high", True) for name in names)]:
         torch.set_float32_matmul_precision(precision)
         torch.backends.cudnn.allow_tf32 = precision == "high"
-        size = max(size for _, size in cases(machine))
         config = config_of(machine, name, size, amp=amp, compile=compiles)
         run = our_loop(config, machine.device, steps, repetitions + WARM_UP)
         seconds = in_turn({name: run}, repetitions, machine.device)[name]

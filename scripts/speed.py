@@ -126,14 +126,13 @@ def our_loop(config: Config, device: torch.device, steps: int, calls: int) -> Ca
 
 def bare_loop(config: Config, device: torch.device, steps: int) -> Callable[[], None]:
     """As many steps of nothing but model, loss and optimizer, on float images that lie on the device."""
-    config = replace(config, curriculum="none", warmup_epochs=0, schedule="cosine", lr_steps=None)
+    config = replace(config, curriculum="none", warmup_epochs=0, schedule="cosine", lr_steps=None, model_ema=False)
     plan, training = build(config, config.batch_size, device)
     model, group = training.model.train(), training.sampler.micro_batch
     passes = training.sampler.forward_passes(plan.records[0])
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     images, targets = (to_device(tensor, device) for tensor in next(synthetic(plan, training)))
     images, targets = training.finish.train(images, targets, plan.base_size, [0] * (len(images) // group), group)
-    training.ema = training.optimizer = None
 
     def run() -> None:
         for _ in range(steps):

@@ -1,5 +1,6 @@
 """What cannot work is refused with one line that names the setting and the mend, and nothing is overwritten."""
 
+import itertools
 import os
 import shutil
 
@@ -8,7 +9,7 @@ import torch
 from conftest import flags, write_images
 
 from config import Config, UsageError
-from config.checks import check_settings
+from config.checks import COMMANDS, check_settings
 from models import checkpoints
 from training.one_writer import LOCK
 
@@ -246,14 +247,12 @@ def test_a_good_checkpoint_is_not_refused(main_program, folder, copied):
     assert checkpoints.load(copied / "checkpoint-last.pth")["step"] == 22
 
 
-@pytest.mark.parametrize(
-    ("settings", "named"),
-    [
-        ({"plan": "table", "doctor": True}, "--plan and --doctor"),
-        ({"eval": True, "predict": "x", "resume": "y"}, "--predict and --eval"),
-        ({"suggest": True, "eval": True, "finetune": "y"}, "--suggest and --eval"),
-    ],
-)
-def test_one_thing_at_a_time(settings, named):
-    with pytest.raises(UsageError, match=f"^{named} each do something else instead of training: choose one"):
-        check_settings(Config(**settings))
+INSTEAD = {"plan": "table", "suggest": True, "doctor": True, "predict": "x", "eval": True}
+
+
+@pytest.mark.parametrize("names", itertools.combinations(INSTEAD, 2), ids="-".join)
+def test_one_thing_at_a_time(names):
+    settings = {name: INSTEAD[name] for name in names}
+    with pytest.raises(UsageError, match=f"^--{names[0]} and --{names[1]} each do something else instead of training"):
+        check_settings(Config(resume="y", **settings))
+    assert tuple(INSTEAD) == COMMANDS

@@ -74,15 +74,16 @@ def tries():
     torch.backends.cudnn.benchmark = before
 
 
+@pytest.mark.parametrize("doctor", [False, True])
 @pytest.mark.parametrize(("task", "expected"), [("detection", False), ("segmentation", True), ("supervised", True)])
 def test_algorithms_are_not_tried_for_every_size_of_a_detector_s_images(
-    main_program, tries, monkeypatch, tmp_path, task, expected
+    main_program, tries, monkeypatch, tmp_path, task, expected, doctor
 ):
     seen = []
-    monkeypatch.setattr(main, "train", lambda *_: seen.append(tries()) or 0)
+    monkeypatch.setattr(main, "diagnose" if doctor else "train", lambda *_: seen.append(tries()) or 0)
     settings = {"supervised": {}, "detection": {"data_set": "coco"}, "segmentation": {"data_set": "masks"}}[task]
     dense = {"mixup": 0, "cutmix": 0, "reprob": 0, "smoothing": 0, "magnitude": "none"} if settings else {}
-    command = flags(task=task, data_path=tmp_path, output_dir=tmp_path / "out", **settings, **dense)
+    command = flags(task=task, data_path=tmp_path, output_dir=tmp_path / "out", doctor=doctor, **settings, **dense)
     assert main_program(command) == 0
     assert seen == [expected] and tries()
 

@@ -101,7 +101,7 @@ def test_a_loop_is_timed_with_its_loader_beside_it(folder, monkeypatch):
     """A loader of 100 images/s holds back a model of thousands; a stage of three steps tells nothing."""
     real = TrainSet.__getitem__
     monkeypatch.setattr(TrainSet, "__getitem__", lambda data, sample: (time.sleep(0.01), real(data, sample))[1])
-    monkeypatch.setattr(doctor, "SECONDS", 0.1)
+    monkeypatch.setattr(doctor, "SECONDS", 0.5)  # many times what a full queue of the loader holds
     config = Config(model="test_resnet", input_size=64, batch_size=8, micro_batch=8, epochs=40, data_path=str(folder))
     config = replace(config, num_workers=1)
     source, _ = open_sources(config)
