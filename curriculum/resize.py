@@ -206,27 +206,54 @@ def _resize(model: nn.Module, size: int) -> list[tuple]:
     shapes = {}  # of the parameters that change theirs
     with _fork_rng():
         if hasattr(model, "set_input_size"):
-            model.set_input_size(img_size=(size, size))
-            after = dict(model.named_parameters(remove_duplicate=False))
-            shapes = {name: after[name].shape for name in before if after[name].shape != before[name].shape}
+            shapes = _restructure(model, size, before)
         elif getattr(model, "takes_size", False):
             with torch.device("meta") if _on_meta(model) else nullcontext(), Skeleton():
                 fresh = model.rebuild(old_size), model.rebuild(size)
             shapes = _graft(model, *fresh)
     changed = {}
     for name, parameter in before.items():
-        path, _, leaf = name.rpartition(".")
-        owner = model.get_submodule(path)
+        owner = model.get_submodule(name.rpartition(".")[0])
         if name in shapes and parameter not in changed:
             if isinstance(owner, (nn.Linear, nn.modules.conv._ConvNd)):
                 raise ValueError(f"{name} mixes positions and cannot be resampled to {tuple(shapes[name])}")
             change = (tuple(parameter.shape), tuple(shapes[name]), size / old_size if old_size else None)
             _replace(parameter, resample(parameter.data, *change))
             changed[parameter] = change
-        owner._parameters[leaf] = parameter
     model.input_size = size
     _drop_caches(model)
     return [(parameter, *change) for parameter, change in changed.items()]
+
+
+def _restructure(model: nn.Module, size: int, parameters: dict[str, nn.Parameter]) -> dict[str, torch.Size]:
+    """The model's own `set_input_size`, on stand-ins of its parameters: zeros on the CPU that take no memory.
+
+    What timm resamples is not used, its way differs, and before timm 1.0.30 it fails on any other device.
+
+    Returns:
+        {name: shape} of the parameters whose shape it changes.
+    """
+    device = next(iter(parameters.values())).device
+    try:
+        if device.type != "meta":
+            for name, parameter in parameters.items():
+                values = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                _put(model, name, nn.Parameter(values, parameter.requires_grad))
+        model.set_input_size(img_size=(size, size))
+        after = {name: value.shape for name, value in model.named_parameters(remove_duplicate=False)}
+    finally:
+        for name, parameter in parameters.items():
+            _put(model, name, parameter)
+    for part in model.modules():  # made beside the stand-ins
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.device != device:
+                part._buffers[name] = buffer.to(device)
+    return {name: after[name] for name, parameter in parameters.items() if after[name] != parameter.shape}
+
+
+def _put(model, name, parameter):
+    path, _, leaf = name.rpartition(".")
+    model.get_submodule(path)._parameters[leaf] = parameter
 
 
 def _replace(parameter, data):

@@ -14,12 +14,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from speed import CLASSES, Photos, build, synthetic
+from speed import CLASSES, Photos, build, run_plan, synthetic
 
 import engine
-from commands import autobatch
 from config import Config
-from config.command_line import parse_config
 from curriculum import RandAugment, low_frequency_crop, set_input_size
 from curriculum.device_augment import NAMES, DeviceAugment, encode
 from engine import train_epoch
@@ -27,9 +25,9 @@ from inputs import finish as finishing
 from inputs.finish import Finish
 from models import checkpoints, create_model
 from training import session
-from training.build import make_model, make_plan
-from utils import Topology
 
+FAMILIES = ("resnet50", "convnext_tiny", "deit_small", "swin_tiny", "cswin_tiny", "pvt_tiny", "caformer_s18")
+TINY = {"swin_tiny": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]}}
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = {"input_size": 64, "batch_size": 16, "micro_batch": 8, "epochs": 2, "lr": 1e-3, "warmup_epochs": 0}
 MAE = {
@@ -232,6 +230,16 @@ def end_to_end(machine):
         yield f"{amp}: resumed, channels_last changed", code if code == 0 else text[-200:], "0", code == 0
 
 
+def switching(machine):
+    """Every family of models trains through the input sizes of a plan."""
+    names = ("test_vit", "swin_tiny") if machine.quick else FAMILIES
+    for name in names:
+        config = settings(model=name, curriculum="efficienttrain++", model_ema=True, input_size=224)
+        config = replace(config, model_args=TINY.get(name), input_size=64) if machine.quick else config
+        rates = run_plan(config, 64, machine.device)["rates"]
+        yield f"{name}: {', '.join(map(str, rates))}", len(rates), ">= 2", len(rates) >= 2
+
+
 def tasks(machine):
     """main.py on every task beside classification, evaluated at its end."""
     try:
@@ -312,29 +320,3 @@ def compiled(machine):
         off = abs(losses[True] - losses[False])
         yield f"first loss, {amp}", off, f"<= {bar:g}", off <= bar
         yield f"graphs after the second step, {amp}", str(counts[-1] - counts[1]), "0", counts[-1] == counts[1] > 0
-
-
-def memory(machine):
-    """--micro_batch auto: what it finds trains, and fills the memory it may."""
-    # A batch of many divisors, so that groups come close to what the memory holds.
-    config = parse_config(["--model", "resnet50", "--amp", "bf16", "--batch_size", "15120", "--num_images", "1281167"])
-    plan = make_plan(config, config.num_images, CLASSES)
-    model_of = functools.partial(make_model, config, CLASSES)
-    topology = Topology(0, 1, machine.device)
-    micro, forward = autobatch.find(config, plan, model_of, topology)
-    total = torch.cuda.get_device_properties(machine.device).total_memory
-    for size, images in forward.items():
-        torch.cuda.reset_peak_memory_stats()
-        blank = autobatch.Blank(config, plan, model_of(size), images, micro, topology)
-        for _ in range(20):
-            blank.forward_and_backward()
-            blank.update()
-        torch.cuda.synchronize()
-        used = torch.cuda.max_memory_allocated() / total
-        whole = size == plan.base_size  # smaller images come in whole groups of its size
-        met = 0.72 <= used <= 0.92 if whole else used <= 0.92
-        yield f"auto: {images} images of {size}, share of the memory", used, "0.72 .. 0.92" if whole else "<= 0.92", met
-        torch.cuda.empty_cache()  # as at a switch of the input size
-        spare = torch.cuda.memory_reserved() / torch.cuda.memory_allocated()
-        yield f"reserved over allocated after {size}", spare, "<= 1.25", spare <= 1.25
-        del blank

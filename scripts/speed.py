@@ -83,11 +83,13 @@ def run_plan(config: Config, num_images: int, device: torch.device, source: Phot
 
     Returns:
         ``seconds`` in all, ``rates`` (images/s) by input size, ``switches``: seconds of each change of size with the
-        first step after it, for which libraries choose their algorithms.
+        first step after it, for which libraries choose their algorithms; on CUDA ``spare`` by input size: the most
+        memory that was reserved over the most that was in use.
     """
     plan, training = build(config, num_images, device)
     batches = make_batches(config, plan, training.sampler, source, device) if source else synthetic(plan, training)
     spent: dict[int, list[float]] = {}
+    spare: dict[int, float] = {}
     switches, began = [], clock(device)
     for record in plan:
         started = clock(device)
@@ -97,16 +99,20 @@ def run_plan(config: Config, num_images: int, device: torch.device, source: Phot
             training.model = None
             set_input_size(model, record.input_size, training.optimizer, training.ema)
             release_memory(device)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
             training.model = wrap(model, Topology(0, 1, device), config.compile)
             train_epoch(training, record, batches, lambda lr, images: True)
             switches.append(clock(device) - started)
         train_epoch(training, record, batches, lambda lr, images: False)
         images, seconds = spent.get(record.input_size, (0, 0.0))
         spent[record.input_size] = (images + record.steps * record.batch_size, seconds + clock(device) - started)
+        if device.type == "cuda":
+            spare[record.input_size] = torch.cuda.max_memory_reserved() / torch.cuda.max_memory_allocated()
     seconds = clock(device) - began
     batches.close()
     rates = {size: images / taken for size, (images, taken) in spent.items()}
-    return {"seconds": seconds, "rates": rates, "switches": switches}
+    return {"seconds": seconds, "rates": rates, "switches": switches, "spare": spare}
 
 
 def compute_of(config: Config, num_images: int) -> float:

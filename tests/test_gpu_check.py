@@ -23,7 +23,7 @@ def test_quick_runs_all_that_needs_no_gpu(tmp_path):
         rows.setdefault(row["check"], []).append(row)
     skipped = {name for name, found in rows.items() if found[0]["value"] == "needs a GPU"}
     assert skipped == {"synchronisations", "cpu and gpu agree", "memory", "host", "options"}
-    bars = ("resuming", "end to end", "tasks", "data parallel", "compiled")
+    bars = ("resuming", "end to end", "switching", "tasks", "data parallel", "compiled")
     assert {row["met"] for name in bars for row in rows[name]} == {True}
     assert all(row["value"] > 0 for name in ("loop", "sizes", "augmenting") for row in rows[name])
     table = done.stdout[done.stdout.index("| check |") :]

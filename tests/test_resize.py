@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from fake_cuda import CUDA, fake_device, to_fake
 from timm.optim import Lamb
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from curriculum import check_input_sizes, set_input_size
+from curriculum import check_input_sizes, resize, set_input_size
 from curriculum.resample import resample
 from curriculum.resize import InputSizeError
 from models import create_model
@@ -228,6 +230,60 @@ def test_resized_equals_built(name, settings, old, new):
     with torch.no_grad():
         assert torch.equal(model(images), fresh(images))
     assert model.input_size == new
+
+
+@pytest.mark.parametrize("name, settings, old, new", WAYS, ids=[way[0] for way in WAYS])
+def test_a_model_on_a_gpu_is_resized_there(name, settings, old, new, monkeypatch):
+    """Every parameter and buffer, and the moments, lie on the device afterwards, and a forward pass finds no other."""
+    model = build((name, settings), old).eval()
+    rebuild, equal = model.rebuild, torch.equal
+    monkeypatch.setattr(model, "rebuild", lambda size: real(rebuild, size), raising=False)
+    monkeypatch.setattr(torch, "equal", lambda a, b: real(equal, a, b))
+    check_input_sizes(model, [new])
+    monkeypatch.setattr(resize, "check_input_sizes", lambda model, sizes: None)  # on copies without values
+    with fake_device():
+        to_fake(model)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+        for parameter in model.parameters():
+            optimizer.state[parameter] = {"exp_avg": torch.empty_like(parameter)}
+        set_input_size(model, new, optimizer)
+        tensors = [*model.parameters(), *model.buffers(), *(state["exp_avg"] for state in optimizer.state.values())]
+        assert {tensor.device for tensor in tensors} == {CUDA}
+        model(torch.empty(2, 3, new, new, device=CUDA))
+
+
+def real(function, *arguments):
+    with unset_fake_temporarily():
+        return function(*arguments)
+
+
+def test_timm_resamples_nothing_on_a_gpu(monkeypatch):
+    """It cannot before timm 1.0.30: parts of its interpolation lie on the CPU."""
+    model, given = build(SWIN, 224), []
+    resample_table = timm.models.swin_transformer.resize_rel_pos_bias_table
+    monkeypatch.setattr(
+        timm.models.swin_transformer, "resize_rel_pos_bias_table",
+        lambda table, **options: given.append(table.device.type) or resample_table(table, **options),
+    )  # fmt: skip
+    with fake_device():
+        set_input_size(to_fake(model), 96)
+    assert set(given) == {"meta", "cpu"}  # the check on a copy without values, and the change
+
+
+def test_a_model_whose_own_change_fails_is_as_it_was(monkeypatch):
+    model = build(DEIT, 96)
+    before = dict(model.named_parameters())
+    values = {name: parameter.clone() for name, parameter in before.items()}
+
+    def fails(img_size):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(resize, "check_input_sizes", lambda model, sizes: None)
+    monkeypatch.setattr(model, "set_input_size", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        set_input_size(model, 160)
+    after = dict(model.named_parameters())
+    assert all(after[name] is before[name] and torch.equal(after[name], values[name]) for name in before)
 
 
 def test_swin_windows_follow_the_size():
