@@ -18,7 +18,8 @@ def count_flops(model: str | Callable[[int], nn.Module], sizes: Iterable[int]) -
     """Count the FLOPs of one image's forward pass at each input size, one multiply-add being one FLOP.
 
     Convolutions and matrix products count, those inside attention (q k^T and its product with v) too; normalisation,
-    activations and other element-wise work do not. These are the papers' tables' conventions.
+    activations and other element-wise work do not. These are the papers' tables' conventions. Patches that training
+    leaves out (timm's ``patch_drop_rate``) do not count.
 
     Args:
         model: a model's name, or a function from input size to a fresh model.
@@ -40,6 +41,9 @@ def count_flops(model: str | Callable[[int], nn.Module], sizes: Iterable[int]) -
 def _count(build: Callable[[int], nn.Module], size: int, device: str) -> tuple[int, int]:
     with torch.random.fork_rng(devices=[]), torch.device(device), Skeleton():
         model = build(size).eval()
+    for part in model.modules():
+        if type(part).__name__.startswith("PatchDropout"):
+            part.train()
     image = torch.zeros(1, getattr(model, "in_chans", 3), size, size, device=device)
     # Plain attention is made of counted matrix products; not every fused kernel is known to the counter.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():

@@ -3,7 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from models import create_model
 from models.flops import count_flops
 
 # Parameters in millions and GFLOPs at 224 as both tables print them; compute speed-up of EfficientTrain over 300 epochs
@@ -86,6 +89,20 @@ def test_what_cannot_run_without_values_is_counted_on_the_cpu():
             return self.head(x.mean((2, 3))) if x.sum().item() == 0 else None
 
     assert count_flops(lambda size: Picky(), [8]) == ({8: 6}, 8)
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "eva02_tiny_patch14_224"])
+def test_patches_that_training_leaves_out_do_not_count(name):
+    """Against the model as it trains: half of its tokens."""
+    size = 224 if "eva" in name else 64
+    flops = {
+        rate: count_flops(lambda size: create_model(name, 10, size, patch_drop_rate=rate), [size])[0][size]  # noqa: B023
+        for rate in (0, 0.5)
+    }
+    model = create_model(name, 10, size, patch_drop_rate=0.5).train()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        model(torch.zeros(1, 3, size, size))
+    assert flops[0.5] == counter.get_total_flops() // 2 < 0.6 * flops[0]
 
 
 def test_counting_draws_no_random_numbers():
