@@ -20,6 +20,7 @@ SETTINGS = {
     "model_ema": True,
     "model_ema_decay": 0.9,
     "drop_path": 0.2,
+    "model_args": {"patch_drop_rate": 0.25},
     "clip_grad": 1.0,
     "amp": "bf16",
     "save_interval": "3 steps",
