@@ -234,6 +234,8 @@ def _restructure(model: nn.Module, size: int, parameters: dict[str, nn.Parameter
         {name: shape} of the parameters whose shape it changes.
     """
     device = next(iter(parameters.values())).device
+    # With the objects themselves, lest a new one gets the id of one that is gone.
+    before = {id(value): value for part in model.modules() for table in _tables(part) for value in table.values()}
     try:
         if device.type != "meta":
             for name, parameter in parameters.items():
@@ -244,11 +246,16 @@ def _restructure(model: nn.Module, size: int, parameters: dict[str, nn.Parameter
     finally:
         for name, parameter in parameters.items():
             _put(model, name, parameter)
-    for part in model.modules():  # made beside the stand-ins
-        for name, buffer in part._buffers.items():
-            if buffer is not None and buffer.device != device:
-                part._buffers[name] = buffer.to(device)
+    for part in model.modules():  # what was made beside the stand-ins
+        for table in _tables(part):
+            for name, value in table.items():
+                if isinstance(value, torch.Tensor) and id(value) not in before and value.device != device:
+                    table[name] = _like(value, value.detach().to(device))
     return {name: after[name] for name, parameter in parameters.items() if after[name] != parameter.shape}
+
+
+def _tables(module):
+    return module._parameters, module._buffers, vars(module)
 
 
 def _put(model, name, parameter):

@@ -270,6 +270,34 @@ def test_timm_resamples_nothing_on_a_gpu(monkeypatch):
     assert set(given) == {"meta", "cpu"}  # the check on a copy without values, and the change
 
 
+class OwnWay(nn.Module):
+    """Changes its size itself, and makes tensors of every kind beside its position embedding."""
+
+    input_size = 32
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 16, 4))
+        self.stays = torch.zeros(3)
+
+    def set_input_size(self, img_size):
+        device, side = self.pos_embed.device, img_size[0] // 8
+        self.pos_embed = nn.Parameter(torch.zeros(1, side**2, 4, device=device))
+        self.scale = nn.Parameter(torch.ones(side, device=device))
+        self.register_buffer("index", torch.arange(side, device=device))
+        self.mask = torch.ones(side, side, device=device)
+
+
+def test_what_a_model_makes_beside_its_parameters_is_on_the_device(monkeypatch):
+    monkeypatch.setattr(resize, "check_input_sizes", lambda model, sizes: None)
+    with fake_device():
+        model = to_fake(OwnWay())
+        set_input_size(model, 64)
+        assert model.pos_embed.shape == (1, 64, 4) and isinstance(model.scale, nn.Parameter)
+        assert {x.device for x in (model.pos_embed, model.scale, model.index, model.mask)} == {CUDA}
+        assert model.stays.device.type == "cpu"  # as it was
+
+
 def test_a_model_whose_own_change_fails_is_as_it_was(monkeypatch):
     model = build(DEIT, 96)
     before = dict(model.named_parameters())
