@@ -235,7 +235,7 @@ def _restructure(model: nn.Module, size: int, parameters: dict[str, nn.Parameter
     """
     device = next(iter(parameters.values())).device
     # With the objects themselves, lest a new one gets the id of one that is gone.
-    before = {id(value): value for part in model.modules() for table in _tables(part) for value in table.values()}
+    there = {id(value): value for part in model.modules() for table in _tables(part) for value in table.values()}
     try:
         if device.type != "meta":
             for name, parameter in parameters.items():
@@ -249,7 +249,7 @@ def _restructure(model: nn.Module, size: int, parameters: dict[str, nn.Parameter
     for part in model.modules():  # what was made beside the stand-ins
         for table in _tables(part):
             for name, value in table.items():
-                if isinstance(value, torch.Tensor) and id(value) not in before and value.device != device:
+                if isinstance(value, torch.Tensor) and id(value) not in there and value.device != device:
                     table[name] = _like(value, value.detach().to(device))
     return {name: after[name] for name, parameter in parameters.items() if after[name] != parameter.shape}
 

@@ -65,7 +65,7 @@ def memory(machine):
         met = 0.72 <= used <= 0.92 if whole else used <= 0.92
         yield f"auto: {images} images of {size}, share of the memory", used, "0.72 .. 0.92" if whole else "<= 0.92", met
         del blank
-    found = replace(config, micro_batch=micro, forward_batch=forward, curriculum="efficienttrain++", epochs=1)
+    found = replace(config, micro_batch=micro, forward_batch=forward, epochs=1)
     for size, spare in run_plan(found, 8 * config.batch_size, machine.device)["spare"].items():
         yield f"at {size}, most reserved over most allocated", spare, "<= 1.25", spare <= 1.25
 

@@ -90,6 +90,9 @@ def run_plan(config: Config, num_images: int, device: torch.device, source: Phot
     batches = make_batches(config, plan, training.sampler, source, device) if source else synthetic(plan, training)
     spent: dict[int, list[float]] = {}
     spare: dict[int, float] = {}
+    release_memory(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     switches, began = [], clock(device)
     for record in plan:
         started = clock(device)
